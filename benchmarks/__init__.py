@@ -1,0 +1,1 @@
+"""What the package is measured with: one registry of contenders, one way to time, one report."""

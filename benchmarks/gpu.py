@@ -1,0 +1,180 @@
+"""Build, test and measure on a machine with a GPU, with the Python at hand and no network.
+
+``python -m benchmarks.gpu --out DIR`` takes at most nine minutes. The most important step goes
+first, each in a process and under a time limit of its own, and ``DIR`` is written as it goes:
+``summary.json`` (what ran and how it ended), ``log.txt`` (what every step printed), ``tests.xml``,
+``token_sweep.csv``, ``.json`` and ``.png``, ``microbench.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import environment, report
+
+TIME_LIMIT = 530  # seconds for all steps together
+TESTS = ("tests/test_triton_kernels.py", "tests/test_ops.py", "tests/test_layer.py")
+TEST_WORKERS = 8
+TAIL_LINES = 25  # of a failed step's output, printed
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process: its arguments after ``python`` and the seconds it may take."""
+
+    name: str
+    arguments: tuple[str, ...]
+    limit: float
+
+
+@dataclass
+class Outcome:
+    """How a step ended: "passed", "failed (exit 1)", "out of time" or "left out: ..."."""
+
+    step: str
+    status: str
+    seconds: float
+
+
+def steps(out: Path, *, dtype: str = "bfloat16") -> list[Step]:
+    """All steps, most important first."""
+    workers = ("-n", str(TEST_WORKERS)) if importlib.util.find_spec("xdist") else ()
+    junit = f"--junitxml={out / 'tests.xml'}"
+    sweep_limit = 170
+    return [
+        Step("build", ("setup.py", "build_ext", "--inplace"), 150),
+        Step("describe", ("-m", "sep_attn"), 60),
+        Step("tests", ("-m", "pytest", *TESTS, *workers, junit, "-p", "no:cacheprovider"), 210),
+        Step(
+            "token_sweep",
+            (
+                *("-m", "benchmarks.token_sweep", "--device", "cuda", "--dtype", dtype),
+                *("--seconds", "0.5", "--time-limit", str(sweep_limit - 50), "--out", str(out)),
+            ),
+            sweep_limit,
+        ),
+        Step(
+            "microbench",
+            (
+                *("-m", "pytest", "benchmarks", "--benchmark-only", "-p", "no:cacheprovider"),
+                *("--benchmark-max-time=0.2", "--benchmark-columns=min,median,iqr,rounds"),
+                f"--benchmark-json={out / 'microbench.json'}",
+            ),
+            120,
+        ),
+    ]
+
+
+def run_step(step: Step, log: Path, *, limit: float) -> Outcome:
+    """Runs a step, appends what it prints to ``log``, and ends it with its children in time."""
+    start = time.monotonic()
+    command = [sys.executable, *step.arguments]
+    variables = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(environment.REPOSITORY)}
+    variables.pop("TRITON_INTERPRET", None)  # the kernels are to run on the GPU
+    with log.open("a") as file:
+        file.write(f"\n===== {step.name}: {' '.join(command)}\n")
+        file.flush()
+        process = subprocess.Popen(
+            command,
+            cwd=environment.REPOSITORY,
+            env=variables,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=limit)
+            status = "passed" if code == 0 else f"failed (exit {code})"
+        except subprocess.TimeoutExpired:
+            status = "out of time"
+        finally:
+            _end_group(process)
+    return Outcome(step.name, status, round(time.monotonic() - start, 1))
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Ends a step's process and whatever it started and left running."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def run(
+    todo: Sequence[Step],
+    out: Path,
+    *,
+    time_limit: float,
+    say: Callable[[str], object] = tqdm.write,
+) -> list[Outcome]:
+    """Runs steps one after another within ``time_limit`` seconds and writes the summary as it goes.
+
+    A step that fails does not keep the next from running.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "log.txt"
+    log.write_text("")
+    header = environment.describe("cuda" if torch.cuda.is_available() else "cpu")
+    outcomes: list[Outcome] = []
+    start = time.monotonic()
+    for step in tqdm(todo, desc="gpu", unit="step"):
+        left = time_limit - (time.monotonic() - start)
+        if left < 5:
+            outcomes.append(Outcome(step.name, "left out: no time was left", 0.0))
+        else:
+            say(f"{step.name} ...")
+            before = log.stat().st_size
+            outcomes.append(run_step(step, log, limit=min(step.limit, left)))
+            if outcomes[-1].status != "passed":
+                output = log.read_bytes()[before:].decode(errors="replace")
+                say("\n".join(output.splitlines()[-TAIL_LINES:]))
+        say(f"{step.name}: {outcomes[-1].status}, {outcomes[-1].seconds:.0f} s")
+        report.write_json(
+            out / "summary.json",
+            {"environment": header, "steps": [asdict(outcome) for outcome in outcomes]},
+        )
+    return outcomes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="directory for the results")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--time-limit", type=float, default=TIME_LIMIT, help="seconds for all")
+    parser.add_argument("--only", nargs="+", help="names of the steps to run")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        cause = "it sees no GPU" if built else "it is a CPU build"
+        raise SystemExit(
+            f"benchmarks.gpu needs a GPU that torch can use; torch {torch.__version__} finds none "
+            f"({cause}). On a CPU: make test, make bench, make microbench"
+        )
+    todo = steps(options.out.resolve(), dtype=options.dtype)
+    names = [step.name for step in todo]
+    if options.only:
+        unknown = sorted(set(options.only) - set(names))
+        if unknown:
+            parser.error(f"--only: no step {', '.join(unknown)}; there are {', '.join(names)}")
+        todo = [step for step in todo if step.name in options.only]
+    outcomes = run(todo, options.out.resolve(), time_limit=options.time_limit)
+    rows = [asdict(outcome) for outcome in outcomes]
+    print(report.table(rows, {"step": "step", "status": "status", "seconds": "seconds"}))
+    return 0 if all(outcome.status == "passed" for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

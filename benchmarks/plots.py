@@ -1,0 +1,165 @@
+"""The pictures. ``python -m benchmarks.plots RESULT.json PICTURE.png`` draws one again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from benchmarks import environment
+from benchmarks.registry import CONTENDERS, MODES, OURS
+
+TITLES = {"forward": "Forward", "training": "Forward + backward"}
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.edgecolor": "#555555",
+    "axes.labelcolor": "#222222",
+    "xtick.color": "#333333",
+    "ytick.color": "#333333",
+    "grid.color": "#e4e4e4",
+}
+
+
+def token_sweep(result: Mapping[str, Any], path: Path) -> None:
+    """Draws time against the number of tokens, forward and training side by side.
+
+    Args:
+        result: what ``benchmarks.token_sweep`` writes as JSON.
+        path: of the PNG.
+    """
+    settings, header = result["settings"], result["environment"]
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, 2, figsize=(12, 5.4), sharey=True, layout="constrained")
+        for axes, mode in zip(panels, MODES, strict=True):
+            _draw_mode(axes, result, mode)
+        panels[0].set_ylabel("time of one call")
+        figure.suptitle(
+            f"Time against the number of tokens: D = {settings['dim']}, "
+            f"batch {settings['batch']}, {settings['dtype']}",
+            x=0.01,
+            ha="left",
+            fontsize=13,
+            fontweight="bold",
+        )
+        commit = f", commit {header['commit'][:9]}" if header["commit"] else ""
+        figure.supxlabel(
+            f"{environment.machine_line(dict(header))}, {header['date'][:10]}{commit}. "
+            "Medians of interleaved runs; exponents fitted over the largest N.",
+            fontsize=8.5,
+            color="#666666",
+            x=0.01,
+            ha="left",
+        )
+        figure.savefig(path, dpi=160)
+        plt.close(figure)
+
+
+def _draw_mode(axes: Axes, result: Mapping[str, Any], mode: str) -> None:
+    series = _series(result["rows"], mode)
+    for name, points in series.items():
+        tokens, milliseconds = zip(*points, strict=True)
+        exponent = result["exponents"].get(mode, {}).get(name)
+        slope = "" if exponent is None else f"   N$^{{{exponent:.2f}}}$"
+        if name not in CONTENDERS:
+            label = _floor_label(result, mode)
+            axes.plot(tokens, milliseconds, ":", color="#333333", lw=1.4, label=label, zorder=1)
+            continue
+        contender, ours = CONTENDERS[name], name == OURS
+        axes.plot(
+            tokens,
+            milliseconds,
+            color=contender.color,
+            marker=contender.marker,
+            lw=2.8 if ours else 1.8,
+            ms=6.5 if ours else 5,
+            zorder=4 if ours else 3,
+            label=contender.label + slope,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    every = sorted({tokens for points in series.values() for tokens, _ in points})
+    axes.set_xticks(every[::2], [f"{tokens:,}" for tokens in every[::2]])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(_duration))
+    axes.grid(True, which="major")
+    axes.set_axisbelow(True)
+    axes.set_title(TITLES[mode])
+    axes.set_xlabel("tokens N")
+    axes.legend(loc="upper left", frameon=False, fontsize=9.5)
+    _mark_speedup(axes, series)
+
+
+def _series(rows: Sequence[Mapping[str, Any]], mode: str) -> dict[str, list[tuple[int, float]]]:
+    series: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row["mode"] == mode and row["milliseconds"] is not None:
+            series.setdefault(row["contender"], []).append((row["tokens"], row["milliseconds"]))
+    return series
+
+
+def _floor_label(result: Mapping[str, Any], mode: str) -> str:
+    if result["rates"]:
+        return "floor: memory traffic and products at this GPU's rates"
+    return f"floor: the layer's {'two' if mode == 'forward' else 'six'} torch.mm alone"
+
+
+def _mark_speedup(axes: Axes, series: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """An arrow between the best quadratic contender and ours, at the last N both reached."""
+    quadratic = [
+        dict(points)
+        for name, points in series.items()
+        if name in CONTENDERS and CONTENDERS[name].family.exponent == 2
+    ]
+    ours = dict(series.get(OURS, ()))
+    shared = [tokens for tokens in ours if any(tokens in points for points in quadratic)]
+    if not shared:
+        return
+    tokens = max(shared)
+    best = min(points[tokens] for points in quadratic if tokens in points)
+    arrow = {"arrowstyle": "<->", "color": "#444444", "lw": 1.1, "shrinkA": 5, "shrinkB": 6}
+    axes.annotate("", (tokens, best), (tokens, ours[tokens]), arrowprops=arrow, zorder=2)
+    axes.annotate(
+        f"{best / ours[tokens]:,.0f}x",
+        (tokens, best**0.65 * ours[tokens] ** 0.35),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        fontweight="bold",
+        color="#444444",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+        zorder=5,
+    )
+
+
+def _duration(milliseconds: float, _: object) -> str:
+    if milliseconds >= 1000:
+        return f"{milliseconds / 1000:g} s"
+    return f"{milliseconds:g} ms" if milliseconds >= 1 else f"{milliseconds * 1000:g} µs"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__)
+    parser.add_argument("result", type=Path, help="token_sweep.json")
+    parser.add_argument("picture", type=Path, help="the PNG to write")
+    options = parser.parse_args(arguments)
+    token_sweep(json.loads(options.result.read_text()), options.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

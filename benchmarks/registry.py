@@ -1,0 +1,369 @@
+"""The one list of contenders and workloads that every benchmark draws from.
+
+A contender is a layer of one of two families, separable attention or multi-head attention. Each
+family has one set of weights and one float64 oracle, so contenders of a family compute the same
+function and each is held to it before it is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import measure, models
+from sep_attn import SeparableAttention, reference
+
+HEAD_DIM = 64  # as in vision transformers
+SAMPLED_TOKENS = 64  # output tokens of an O(N^2) layer that are compared with its oracle
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The two projections that a layer of either family has."""
+
+    in_weight: Tensor  # [1 + 2D, D] or [3D, D]
+    in_bias: Tensor
+    out_weight: Tensor  # [D, D]
+    out_bias: Tensor
+
+    @property
+    def dim(self) -> int:
+        return self.out_weight.shape[0]
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.in_weight, self.in_bias, self.out_weight, self.out_bias
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Weights:
+        return Weights(*(tensor.to(device, dtype) for tensor in self.tensors()))
+
+
+@dataclass(frozen=True)
+class Family:
+    """Layers that compute one function, whose cost grows as ``tokens ** exponent``."""
+
+    name: str
+    exponent: int
+    in_rows: Callable[[int], int]
+    oracle: Callable[[Weights, Tensor, Tensor], Tensor]  # (weights, x, queries) -> [B, Q, D]
+
+    def weights(self, dim: int, seed: int = 0) -> Weights:
+        """Weights as ``nn.Linear`` draws them, in float64 on the CPU."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            uniform = torch.rand(*shape, generator=generator, dtype=torch.float64)
+            return (2 * uniform - 1) * dim**-0.5
+
+        rows = self.in_rows(dim)
+        return Weights(draw(rows, dim), draw(rows), draw(dim, dim), draw(dim))
+
+
+def _separable_oracle(weights: Weights, x: Tensor, queries: Tensor) -> Tensor:
+    return reference.separable_attention(x, *weights.tensors())[:, queries]
+
+
+def _attention_oracle(weights: Weights, x: Tensor, queries: Tensor) -> Tensor:
+    in_weight, in_bias, out_weight, out_bias = weights.tensors()
+    q, k, v = F.linear(x, in_weight, in_bias).chunk(3, dim=-1)
+    q, k, v = (_split_heads(part) for part in (q[:, queries], k, v))
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    attended = scores.softmax(-1) @ v
+    return F.linear(attended.transpose(1, 2).flatten(2), out_weight, out_bias)
+
+
+def _split_heads(x: Tensor) -> Tensor:
+    """[B, N, D] -> [B, heads, N, head_dim]"""
+    return x.unflatten(-1, (num_heads(x.shape[-1]), -1)).transpose(1, 2)
+
+
+def num_heads(dim: int) -> int:
+    """Heads of ``HEAD_DIM`` channels, or one head where the width does not divide into them."""
+    return dim // HEAD_DIM if dim % HEAD_DIM == 0 else 1
+
+
+SEPARABLE = Family("separable attention", 1, lambda dim: 1 + 2 * dim, _separable_oracle)
+ATTENTION = Family("multi-head attention", 2, lambda dim: 3 * dim, _attention_oracle)
+
+
+class LiteralSeparableAttention(nn.Module):
+    """Equation 3 of the paper as one writes it in PyTorch, for ``[B, N, D]``."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.qkv_proj = nn.Linear(dim, 1 + 2 * dim)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dim = x.shape[-1]
+        scores, keys, values = self.qkv_proj(x).split([1, dim, dim], dim=-1)
+        context = (scores.softmax(dim=1) * keys).sum(dim=1, keepdim=True)
+        return self.out_proj(F.relu(values) * context)
+
+
+class ScaledDotProductAttention(nn.Module):
+    """The attention block of a vision transformer on ``F.scaled_dot_product_attention``."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (_split_heads(part) for part in self.qkv(x).chunk(3, dim=-1))
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class SelfMultiheadAttention(nn.Module):
+    """``nn.MultiheadAttention`` of a sequence to itself, weights not asked for."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(dim, num_heads(dim), batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def _with_weights(module: nn.Module, weights: Weights) -> nn.Module:
+    """Sets the parameters of a layer, which every contender keeps in the order of ``Weights``."""
+    module = module.to(weights.in_weight.device, weights.in_weight.dtype)
+    with torch.no_grad():
+        for parameter, value in zip(module.parameters(), weights.tensors(), strict=True):
+            parameter.copy_(value.view_as(parameter))
+    return module
+
+
+def _build_compiled(weights: Weights) -> nn.Module:
+    module = _with_weights(LiteralSeparableAttention(weights.dim), weights)
+    module.compile(dynamic=True)  # one compilation serves every number of tokens
+    return module
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A layer to measure.
+
+    ``build`` gives a module with the parameters ``Weights``, on their device and in their dtype.
+    ``patches`` says that it takes ``[B, D, 1, N]``; otherwise it takes ``[B, N, D]``.
+    ``scores_in_memory`` names the devices where its forward stores the N x N scores of each head.
+    """
+
+    key: str
+    label: str
+    family: Family
+    color: str
+    marker: str
+    build: Callable[[Weights], nn.Module]
+    patches: bool = False
+    scores_in_memory: tuple[str, ...] = ()
+
+    def to_layout(self, x: Tensor) -> Tensor:
+        """``[B, N, D]`` as the contender takes it, contiguous."""
+        return x.transpose(1, 2).unsqueeze(2).contiguous() if self.patches else x
+
+    def from_layout(self, x: Tensor) -> Tensor:
+        return x.squeeze(2).transpose(1, 2) if self.patches else x
+
+    def peak_bytes(self, batch: int, tokens: int, dim: int, device: str, itemsize: int) -> int:
+        """An upper estimate of the memory of one call, training included."""
+        total = 48 * batch * tokens * dim * itemsize
+        if device in self.scores_in_memory:
+            total += 2 * batch * num_heads(dim) * tokens * tokens * itemsize
+        return total
+
+
+CONTENDERS = {
+    contender.key: contender
+    for contender in (
+        Contender(
+            "multihead_attention",
+            "nn.MultiheadAttention",
+            ATTENTION,
+            "#D55E00",
+            "v",
+            lambda weights: _with_weights(SelfMultiheadAttention(weights.dim), weights),
+            scores_in_memory=("cpu",),
+        ),
+        Contender(
+            "sdpa_block",
+            "scaled_dot_product_attention block",
+            ATTENTION,
+            "#E69F00",
+            "^",
+            lambda weights: _with_weights(ScaledDotProductAttention(weights.dim), weights),
+        ),
+        Contender(
+            "literal_eager",
+            "separable, eager PyTorch",
+            SEPARABLE,
+            "#56B4E9",
+            "s",
+            lambda weights: _with_weights(LiteralSeparableAttention(weights.dim), weights),
+        ),
+        Contender(
+            "literal_compiled",
+            "separable, torch.compile",
+            SEPARABLE,
+            "#CC79A7",
+            "D",
+            _build_compiled,
+        ),
+        Contender(
+            "timm_eager",
+            "timm LinearSelfAttention",
+            SEPARABLE,
+            "#999999",
+            "P",
+            lambda weights: _with_weights(models.timm_attention(weights.dim), weights),
+            patches=True,
+        ),
+        Contender(
+            "sep_attn",
+            "sep_attn.SeparableAttention",
+            SEPARABLE,
+            "#009E73",
+            "o",
+            lambda weights: _with_weights(SeparableAttention(weights.dim), weights),
+        ),
+        Contender(
+            "sep_attn_patches",
+            "sep_attn.SeparableAttention [B, D, P, N]",
+            SEPARABLE,
+            "#004D38",
+            "o",
+            lambda weights: _with_weights(SeparableAttention(weights.dim), weights),
+            patches=True,
+        ),
+    )
+}
+OURS = "sep_attn"
+TOKEN_SWEEP = (
+    "multihead_attention",
+    "sdpa_block",
+    "literal_eager",
+    "literal_compiled",
+    "sep_attn",
+)
+
+MODES = ("forward", "training")  # training: forward and backward, to the input and all weights
+SWEEP_DIM = 128
+SWEEP_TOKENS = {
+    "cpu": tuple(2**power for power in range(6, 17)),  # 64 to 65,536
+    "cuda": tuple(2**power for power in range(6, 19)),  # 64 to 262,144
+}
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """``[slices, tokens, dim]``, or ``[1, dim, slices, tokens]`` in timm's layout."""
+
+    slices: int
+    tokens: int
+    dim: int
+
+
+LAYER_SHAPES = (
+    LayerShape(4, 16, 256),  # mobilevitv2_100, stage 5
+    LayerShape(4, 64, 192),  # mobilevitv2_100, stage 4
+    LayerShape(4, 256, 128),  # mobilevitv2_100, stage 3
+    LayerShape(4, 256, 64),  # mobilevitv2_050, stage 3
+    LayerShape(1, 197, 768),  # a vision transformer's tokens
+    LayerShape(1, 4096, 128),
+    LayerShape(1, 16384, 128),
+    LayerShape(1, 4096, 512),
+)
+
+
+def draw_tokens(
+    batch: int, tokens: int, dim: int, device: torch.device | str, dtype: torch.dtype, seed: int = 1
+) -> Tensor:
+    """Standard normal ``[batch, tokens, dim]``, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, tokens, dim, generator=generator).to(device, dtype)
+
+
+def checked_tokens(family: Family, tokens: int, device: torch.device | str) -> Tensor:
+    """The output tokens that are compared: all where the oracle costs O(N), else a sample, evenly
+    spread with the first and the last in it."""
+    count = tokens if family.exponent == 1 else min(tokens, SAMPLED_TOKENS)
+    return torch.linspace(0, tokens - 1, count, dtype=torch.float64).round().long().to(device)
+
+
+def expected_results(family: Family, weights: Weights, x: Tensor, *, mode: str) -> list[Tensor]:
+    """What the family's float64 oracle gives; see :func:`layer_results` for what is compared.
+
+    Args:
+        family: whose oracle.
+        weights: of any dtype; the oracle computes with their values in float64.
+        x: ``[B, N, D]``.
+        mode: one of ``MODES``.
+    """
+    dtype = x.dtype
+    weights, x = weights.to(x.device, torch.float64), x.double()
+    queries = checked_tokens(family, x.shape[1], x.device)
+    if mode == "forward":
+        with torch.no_grad():
+            return [family.oracle(weights, x, queries)]
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, *weights.tensors())]
+    out = family.oracle(Weights(*leaves[1:]), leaves[0], queries)
+    gradient = _output_gradient(out, dtype).double()
+    return [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
+
+
+def _output_gradient(out: Tensor, dtype: torch.dtype) -> Tensor:
+    batch, queries, dim = out.shape
+    return draw_tokens(batch, queries, dim, out.device, dtype, seed=2)
+
+
+def layer_results(contender: Contender, module: nn.Module, x: Tensor, *, mode: str) -> list[Tensor]:
+    """Runs a contender once and returns what is compared with the oracle.
+
+    Args:
+        contender, module: the contender and what its ``build`` gave.
+        x: ``[B, N, D]`` on the module's device.
+        mode: one of ``MODES``.
+
+    Returns:
+        The output at ``checked_tokens``, and for "training" also the gradients of the input and
+        of the four parameters, of an output gradient that is zero at all other tokens: so an
+        oracle of O(N) cost checks a layer of O(N^2).
+    """
+    queries = checked_tokens(contender.family, x.shape[1], x.device)
+    if mode == "forward":
+        with torch.no_grad():
+            return [contender.from_layout(module(contender.to_layout(x)))[:, queries]]
+    x = contender.to_layout(x).detach().requires_grad_()
+    out = module(x)
+    tokens = contender.from_layout(out)
+    gradient = torch.zeros_like(tokens)
+    gradient[:, queries] = _output_gradient(tokens[:, queries], tokens.dtype)
+    parameters = list(module.parameters())
+    grad_x, *grads = torch.autograd.grad(tokens, [x, *parameters], gradient)
+    flat = [grad.flatten(1) if grad.dim() == 4 else grad for grad in grads]
+    return [tokens[:, queries].detach(), contender.from_layout(grad_x), *flat]
+
+
+def verify(
+    contender: Contender,
+    module: nn.Module,
+    x: Tensor,
+    expected: Sequence[Tensor],
+    *,
+    mode: str,
+    plain: Sequence[Tensor] | None = None,
+) -> float:
+    """Runs a contender once and compares it with its oracle.
+
+    Returns:
+        The largest relative error.
+
+    Raises:
+        benchmarks.measure.WrongResultError: it is wrong.
+    """
+    results = layer_results(contender, module, x, mode=mode)
+    return measure.check(contender.label, results, expected, plain)

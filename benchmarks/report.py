@@ -1,0 +1,42 @@
+"""How results are written: CSV and JSON that carry their environment, and a printed table."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+Row = Mapping[str, Any]
+
+
+def write_csv(path: Path, rows: Sequence[Row], environment: Mapping[str, Any]) -> None:
+    """Writes rows under comment lines ``# name: value`` that hold the environment.
+
+    Numbers have six digits; the JSON beside it has them all.
+    """
+    with path.open("w", newline="") as file:
+        for name, value in environment.items():
+            file.write(f"# {name}: {value}\n")
+        if rows:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({key: _short(value) for key, value in row.items()} for row in rows)
+
+
+def _short(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    """Writes a result whose key ``environment`` holds the environment."""
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
+    """A table to print: ``columns`` maps the key in a row to the heading."""
+    body = [[row.get(key) for key in columns] for row in rows]
+    return tabulate(body, headers=list(columns.values()), floatfmt=".4g", missingval="")

@@ -1,0 +1,37 @@
+// Picks the kernels of one instruction set at run time, and counts what ran.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/kernels.h"
+
+namespace sep_attn {
+
+// Instruction sets this binary holds, and those among them this machine can run; best last.
+std::vector<std::string> compiled_capabilities();
+std::vector<std::string> capabilities();
+
+// The instruction set in use: the best one, unless set otherwise.
+std::string capability();
+// Throws std::invalid_argument when this binary or this machine lacks `name`.
+void set_capability(const std::string& name);
+// Obeys SEP_ATTN_CPU_CAPABILITY when it is set.
+void set_capability_from_environment();
+
+// "<kernel>/<capability>" and how often it was called since the last reset.
+std::vector<std::pair<std::string, int64_t>> kernel_calls();
+void reset_kernel_calls();
+
+void context_pool_forward(const ContextPoolForward& arguments, const ParallelFor& parallel_for);
+void context_pool_backward(const ContextPoolBackward& arguments, const ParallelFor& parallel_for);
+void gate_forward(const GateForward& arguments, const ParallelFor& parallel_for);
+void gate_backward(const GateBackward& arguments, const ParallelFor& parallel_for);
+void separable_attention_forward(const AttentionForward& arguments,
+                                 const ParallelFor& parallel_for);
+void separable_attention_backward(const AttentionBackward& arguments,
+                                  const ParallelFor& parallel_for);
+
+}  // namespace sep_attn

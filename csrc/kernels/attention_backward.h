@@ -1,0 +1,579 @@
+// The fused layer, backward: values are computed again, a tile at a time; then the pooling path.
+#pragma once
+
+#include <type_traits>
+
+#include "attention_pool.h"
+#include "kernels.h"
+#include "micro_kernel.h"
+#include "products.h"
+#include "scratch.h"
+#include "simd.h"
+#include "tokens.h"
+
+namespace sep_attn {
+namespace SEP_ATTN_CAPABILITY {
+
+// One tile of the gate's backward pass, for kVectors vectors of channels: reads v and dy, leaves
+// y = act(v) c in place of v and dv = dy c act'(v) in place of dy, and adds up the sums over
+// tokens.
+template <typename T, Activation kActivation, int kVectors>
+SEP_ATTN_INLINE void gate_backward_strip(int64_t rows, int64_t column, int64_t stride, T* v_tile,
+                                         T* dy_tile, const T* const* context,
+                                         T* const* grad_context, const Rows<const T>& grad_out,
+                                         T* grad_value_bias, T* grad_out_bias) {
+  constexpr int64_t n = kLanes<T>;
+  Vec<T> sum_dv[kVectors], sum_g[kVectors], sum_dc[kVectors];
+  SEP_ATTN_UNROLL
+  for (int i = 0; i < kVectors; ++i) sum_dv[i] = sum_g[i] = sum_dc[i] = zero<T>();
+  for (int64_t t = 0; t < rows; ++t) {
+    T* v_row = v_tile + t * stride + column;
+    T* dy_row = dy_tile + t * stride + column;
+    const T* g_row = grad_out.data + t * grad_out.stride + column;
+    const T* c_row = context[t] + column;
+    SEP_ATTN_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      const Vec<T> v = load(v_row + i * n);
+      const Vec<T> dy = load(dy_row + i * n);
+      const Vec<T> c = load(c_row + i * n);
+      const Vec<T> r = activate<T, kActivation>(v);
+      Vec<T> dv = dy * c;
+      if (kActivation == Activation::kRelu) dv = v <= zero<T>() ? zero<T>() : dv;
+      store(v_row + i * n, r * c);
+      store(dy_row + i * n, dv);
+      sum_dc[i] += dy * r;
+      sum_dv[i] += dv;
+      sum_g[i] += load(g_row + i * n);
+    }
+    if (t + 1 == rows || grad_context[t + 1] != grad_context[t]) {
+      SEP_ATTN_UNROLL
+      for (int i = 0; i < kVectors; ++i) {
+        T* at = grad_context[t] + column + i * n;
+        store(at, load(at) + sum_dc[i]);
+        sum_dc[i] = zero<T>();
+      }
+    }
+  }
+  SEP_ATTN_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    T* at = grad_value_bias + column + i * n;
+    store(at, load(at) + sum_dv[i]);
+    at = grad_out_bias + column + i * n;
+    store(at, load(at) + sum_g[i]);
+  }
+}
+
+template <typename T, Activation kActivation>
+void gate_backward_tile(int64_t rows, int64_t channels, int64_t stride, T* v_tile, T* dy_tile,
+                        const T* const* context, T* const* grad_context,
+                        const Rows<const T>& grad_out, T* grad_value_bias, T* grad_out_bias) {
+  constexpr int64_t n = kLanes<T>;
+  int64_t column = 0;
+  for (; column + 4 * n <= channels; column += 4 * n) {
+    gate_backward_strip<T, kActivation, 4>(rows, column, stride, v_tile, dy_tile, context,
+                                           grad_context, grad_out, grad_value_bias, grad_out_bias);
+  }
+  for (; column < channels; column += n) {
+    gate_backward_strip<T, kActivation, 1>(rows, column, stride, v_tile, dy_tile, context,
+                                           grad_context, grad_out, grad_value_bias, grad_out_bias);
+  }
+}
+
+// target[d] = a[d] scale_a + b[d] scale_b, added to what is there when `add`.
+template <typename T>
+SEP_ATTN_INLINE void combine_scaled(const T* a, T scale_a, const T* b, T scale_b, int64_t count,
+                                    bool add, T* target) {
+  for (int64_t d = 0; d < count; d += kLanes<T>) {
+    const int64_t own = smaller(kLanes<T>, count - d);
+    if (own == kLanes<T>) {
+      const Vec<T> sum = load(a + d) * scale_a + load(b + d) * scale_b;
+      store(target + d, add ? load(target + d) + sum : sum);
+    } else {
+      const Vec<T> sum = load_first(a + d, own) * scale_a + load_first(b + d, own) * scale_b;
+      store_first(target + d, add ? load_first(target + d, own) + sum : sum, own);
+    }
+  }
+}
+
+template <typename S, Activation kActivation>
+class AttentionBackwardPass {
+  using T = Accumulate<S>;
+  static constexpr int64_t kWidth = kPanelWidth<T>;
+  static constexpr bool kHalf = !std::is_same<S, T>::value;
+
+ public:
+  AttentionBackwardPass(const AttentionBackward& op, const ParallelFor& parallel)
+      : op_(op),
+        parallel_(parallel),
+        self_(op.x == op.x_prev && op.grad_x_prev == nullptr),
+        channels_(op.grid.channels),
+        slices_(op.grid.slices()),
+        image_tokens_(op.grid.height * op.grid.width),
+        image_slices_(op.grid.patch_h * op.grid.patch_w),
+        tokens_(op.grid.batch * image_tokens_),
+        prev_tokens_(op.prev_grid.batch * op.prev_grid.height * op.prev_grid.width),
+        padded_(round_up(channels_, kWidth)),
+        tile_stride_(padded_ + kLanes<T>),
+        tile_size_(kTileRows * tile_stride_),
+        panels_(panels_in<T>(channels_)),
+        panel_size_(channels_ * kWidth),
+        workers_(larger(1, smaller(parallel.threads, tokens_))),
+        pack_keys_(slices_ > 8),
+        qkv_weight_(op.qkv_weight, 1 + 2 * channels_, channels_),
+        out_weight_(op.out_weight, channels_, channels_),
+        vectors_(3 * padded_),
+        packed_((pack_keys_ ? 4 : 3) * panels_ * panel_size_),
+        weight_sums_(op.grad_qkv_weight || op.grad_out_weight ? workers_ * 2 * channels_ * padded_
+                                                              : 0),
+        bias_sums_(workers_ * 3 * padded_),
+        score_bias_sums_(workers_),
+        context_sums_(workers_),
+        context_sums_data_(touched_images() * image_slices_ * padded_),
+        tiles_(workers_ * 6 * tile_size_),
+        delayed_grad_x_(delayed() ? tokens_ * channels_ : 0),
+        slice_values_(slices_ * 3 * padded_),
+        slice_sums_(slices_ * 2) {
+    read_vector<S>({qkv_weight_.row(0), 1}, 0, channels_, padded_, score_weight());
+    read_vector<S>(op.qkv_bias, 1, channels_, padded_, key_bias());
+    read_vector<S>(op.qkv_bias, 1 + channels_, channels_, padded_, value_bias());
+    T* sums = context_sums_data_.get();
+    for (int64_t worker = 0; worker < workers_; ++worker) {
+      context_sums_[worker] = sums;
+      sums += images_of(worker).count() * image_slices_ * padded_;
+    }
+  }
+
+  void run() {
+    run_tasks(parallel_, workers_, [&](int64_t worker) { pack_weights(worker); });
+    run_tasks(parallel_, workers_, [&](int64_t worker) { value_path(worker); });
+    const int64_t slice_workers = smaller(workers_, slices_);
+    run_tasks(parallel_, slice_workers, [&](int64_t worker) {
+      const Range own = share(slices_, worker, slice_workers);
+      for (int64_t slice = own.begin; slice < own.end; ++slice) sum_context_gradient(slice);
+    });
+    run_tasks(parallel_, workers_, [&](int64_t worker) {
+      project_context_gradient(worker);
+      finish_channels(share(channels_, worker, workers_));
+    });
+    if (pool_grad() == nullptr && op_.grad_qkv_weight == nullptr && op_.grad_qkv_bias == nullptr) {
+      return;
+    }
+    run_tasks(parallel_, slice_workers, [&](int64_t worker) {
+      const Range own = share(slices_, worker, slice_workers);
+      for (int64_t slice = own.begin; slice < own.end; ++slice) sum_score_gradient(slice);
+    });
+    const int64_t pool_workers = smaller(workers_, prev_tokens_);
+    run_tasks(parallel_, pool_workers, [&](int64_t worker) {
+      pool_path(worker, share(prev_tokens_, worker, pool_workers));
+    });
+    finish_scores(pool_workers);
+  }
+
+ private:
+  // ---- Where things are ----
+
+  T* score_weight() const { return vectors_.get(); }
+  T* key_bias() const { return vectors_.get() + padded_; }
+  T* value_bias() const { return vectors_.get() + 2 * padded_; }
+  T* tile(int64_t worker) const { return tiles_.get() + worker * 6 * tile_size_; }
+  const T* statistics(int64_t slice) const {
+    return static_cast<const T*>(op_.statistics) + slice * (2 * channels_ + 1);
+  }
+  T weight_sum(int64_t slice) const { return statistics(slice)[2 * channels_]; }
+
+  // Packed weights: W_V^T, W_O, W_V, and W_K when there are slices enough to pay for it.
+  Panels<T> panels(int64_t matrix) const {
+    return {packed_.get() + matrix * panels_ * panel_size_, panel_size_, kWidth};
+  }
+
+  // A worker's sums over its tokens.
+  T* value_weight_sum(int64_t worker) const {
+    return weight_sums_.get() + worker * 2 * channels_ * padded_;
+  }
+  T* out_weight_sum(int64_t worker) const { return value_weight_sum(worker) + channels_ * padded_; }
+  T* value_bias_sum(int64_t worker) const { return bias_sums_.get() + worker * 3 * padded_; }
+  T* out_bias_sum(int64_t worker) const { return value_bias_sum(worker) + padded_; }
+  T* score_weight_sum(int64_t worker) const { return value_bias_sum(worker) + 2 * padded_; }
+
+  // The images a worker's tokens belong to, and its sum of dc over its tokens of a slice in them.
+  Range images_of(int64_t worker) const {
+    const Range own = share(tokens_, worker, workers_);
+    return {own.begin / image_tokens_, (own.end - 1) / image_tokens_ + 1};
+  }
+  int64_t touched_images() const {
+    int64_t images = 0;
+    for (int64_t worker = 0; worker < workers_; ++worker) images += images_of(worker).count();
+    return images;
+  }
+  T* context_sum(int64_t worker, int64_t slice) const {
+    return context_sums_[worker] + (slice - images_of(worker).begin * image_slices_) * padded_;
+  }
+
+  // Rows of a slice: dc, dxbar and xbar, padded with zeros.
+  T* grad_context() const { return slice_values_.get(); }
+  T* grad_pooled() const { return slice_values_.get() + slices_ * padded_; }
+  T* pooled() const { return slice_values_.get() + 2 * slices_ * padded_; }
+  T& key_bias_product(int64_t slice) const { return slice_sums_[2 * slice]; }  // b_K . dc
+  T& score_sum(int64_t slice) const { return slice_sums_[2 * slice + 1]; }     // sum_n p dp
+
+  // The gradient of x' receives the pooling path; in half precision the value path's share of it
+  // waits in T, so that it is rounded once.
+  S* pool_grad() const { return static_cast<S*>(self_ ? op_.grad_x : op_.grad_x_prev); }
+  const TokenGrid& pool_grid() const { return self_ ? op_.grad_x_grid : op_.grad_prev_grid; }
+  bool delayed() const { return kHalf && self_ && op_.grad_x != nullptr; }
+
+  // ---- Weights ----
+
+  void pack_weights(int64_t worker) {
+    const S* value = qkv_weight_.row(1 + channels_);
+    const int64_t qkv_stride = qkv_weight_.stride();
+    const Range packs = share((pack_keys_ ? 4 : 3) * panels_, worker, workers_);
+    for (int64_t i = packs.begin; i < packs.end; ++i) {
+      T* panel = packed_.get() + i * panel_size_;
+      const int64_t first = i % panels_ * kWidth;
+      const int64_t matrix = i / panels_;
+      if (matrix == 0) {
+        pack_panel(value, int64_t{1}, qkv_stride, channels_, channels_, first, panel);
+      } else if (matrix == 1) {
+        pack_panel(out_weight_.row(0), out_weight_.stride(), int64_t{1}, channels_, channels_,
+                   first, panel);
+      } else {
+        pack_panel(matrix == 2 ? value : qkv_weight_.row(1), qkv_stride, int64_t{1}, channels_,
+                   channels_, first, panel);
+      }
+    }
+  }
+
+  // ---- The value path, tile by tile, with the values computed again ----
+
+  void value_path(int64_t worker) {
+    for (int64_t d = 0; d < 2 * padded_; ++d) value_bias_sum(worker)[d] = 0;
+    const int64_t own_slices = images_of(worker).count() * image_slices_;
+    for (int64_t i = 0; i < own_slices * padded_; ++i) context_sums_[worker][i] = 0;
+    const Tiles own(share(tokens_, worker, workers_));
+    for (int64_t i = 0; i < own.count; ++i) value_tile(worker, own[i], i == 0);
+  }
+
+  void value_tile(int64_t worker, Range tokens, bool is_first) {
+    const int64_t first = tokens.begin;
+    const int64_t count = tokens.count();
+    T* x_tile = tile(worker);
+    T* g_tile = x_tile + tile_size_;
+    T* v_tile = g_tile + tile_size_;   // v, then y
+    T* dy_tile = v_tile + tile_size_;  // dy, then dv
+    T* dx_tile = dy_tile + tile_size_;
+    T* context_tile = dx_tile + tile_size_;
+    const Rows<const T> x = padded_rows(op_.grid, op_.x, tokens, x_tile);
+    const Rows<const T> g = padded_rows(op_.grad_out_grid, op_.grad_out, tokens, g_tile);
+    const T* contexts[kTileRows];
+    T* grad_contexts[kTileRows];
+    TokenWalk walk(op_.grid, first);
+    for (int64_t t = 0; t < count; ++t, walk.next()) {
+      const int64_t slice = walk.slice();
+      contexts[t] =
+          padded_row(statistics(slice) + channels_, channels_, context_tile + t * tile_stride_);
+      grad_contexts[t] = context_sum(worker, slice);
+    }
+    multiply<T, LeftOperand::kRows>(count, channels_, channels_, x.data, x.stride, panels(0),
+                                    StoreBiased<T>{{v_tile, tile_stride_}, value_bias()});
+    multiply<T, LeftOperand::kRows>(count, channels_, channels_, g.data, g.stride, panels(1),
+                                    StoreSum<T>{dy_tile, tile_stride_});
+    gate_backward_tile<T, kActivation>(count, channels_, tile_stride_, v_tile, dy_tile, contexts,
+                                       grad_contexts, g, value_bias_sum(worker),
+                                       out_bias_sum(worker));
+    if (op_.grad_qkv_weight != nullptr) {
+      add_outer_product({dy_tile, tile_stride_}, x, count, is_first, value_weight_sum(worker));
+    }
+    if (op_.grad_out_weight != nullptr) {
+      add_outer_product(g, {v_tile, tile_stride_}, count, is_first, out_weight_sum(worker));
+    }
+    if (op_.grad_x != nullptr) store_value_gradient(tokens, dy_tile, dx_tile);
+  }
+
+  // Tokens as rows of which whole vectors can be read.
+  Rows<const T> padded_rows(const TokenGrid& grid, const void* data, Range tokens, T* tile) const {
+    const S* source = static_cast<const S*>(data);
+    if (channels_ % kLanes<T> == 0) {
+      return read_rows(grid, source, tokens.begin, tokens.count(), tile, tile_stride_);
+    }
+    gather_tokens(grid, source, tokens.begin, tokens.count(), tile, tile_stride_, padded_);
+    return {tile, tile_stride_};
+  }
+
+  // sum[i, j] += sum_t left[t, i] right[t, j], or = for the first tile.
+  void add_outer_product(Rows<const T> left, Rows<const T> right, int64_t count, bool is_first,
+                         T* sum) const {
+    const Panels<T> operand{right.data, kWidth, right.stride};
+    if (is_first) {
+      multiply<T, LeftOperand::kColumns>(channels_, channels_, count, left.data, left.stride,
+                                         operand, StoreSum<T>{sum, padded_});
+    } else {
+      multiply<T, LeftOperand::kColumns>(channels_, channels_, count, left.data, left.stride,
+                                         operand, AddSum<T>{{sum, padded_}});
+    }
+  }
+
+  // dx = dv W_V
+  void store_value_gradient(Range tokens, const T* dv_tile, T* dx_tile) const {
+    const int64_t first = tokens.begin;
+    const int64_t count = tokens.count();
+    const TokenGrid& grid = op_.grad_x_grid;
+    S* grad_x = static_cast<S*>(op_.grad_x);
+    const auto multiply_into = [&](T* target, int64_t stride) {
+      multiply<T, LeftOperand::kRows>(count, channels_, channels_, dv_tile, tile_stride_, panels(2),
+                                      StoreSum<T>{target, stride});
+    };
+    if constexpr (!kHalf) {
+      if (channels_ % kLanes<T> == 0 && tokens_in_place<S>(grid, first, count)) {
+        multiply_into(grad_x + token_offset(grid, token_position(grid, first)), grid.stride_width);
+        return;
+      }
+    }
+    multiply_into(dx_tile, tile_stride_);
+    if (delayed()) {
+      copy_rows(dx_tile, tile_stride_, count, channels_, delayed_grad_x_.get() + first * channels_,
+                channels_);
+    } else {
+      scatter_tokens(grid, grad_x, first, count, dx_tile, tile_stride_);
+    }
+  }
+
+  // ---- Sums over the workers, in their order ----
+
+  void sum_context_gradient(int64_t slice) {
+    T* sum = grad_context() + slice * padded_;
+    T* copy = pooled() + slice * padded_;
+    for (int64_t d = 0; d < padded_; ++d) {
+      sum[d] = 0;
+      copy[d] = d < channels_ ? statistics(slice)[d] : T{0};
+    }
+    for (int64_t worker = 0; worker < workers_; ++worker) {
+      const Range images = images_of(worker);
+      const int64_t image = slice / image_slices_;
+      if (image < images.begin || image >= images.end) continue;
+      const T* part = context_sum(worker, slice);
+      for (int64_t d = 0; d < padded_; ++d) sum[d] += part[d];
+    }
+    key_bias_product(slice) = dot(sum, key_bias(), channels_);
+  }
+
+  // dxbar = dc W_K, a worker's panels of it for all slices.
+  void project_context_gradient(int64_t worker) {
+    const Range own = share(panels_, worker, workers_);
+    const int64_t first = own.begin * kWidth;
+    const int64_t columns = smaller(own.end * kWidth, channels_) - first;
+    if (columns <= 0) return;
+    if (pack_keys_) {
+      const Panels<T> keys = panels(3);
+      multiply<T, LeftOperand::kRows>(
+          slices_, columns, channels_, grad_context(), padded_,
+          Panels<T>{keys.data + own.begin * panel_size_, panel_size_, kWidth},
+          StoreSum<T>{grad_pooled() + first, padded_});
+      return;
+    }
+    for (int64_t slice = 0; slice < slices_; ++slice) {
+      for (int64_t d = 0; d < columns; ++d) grad_pooled()[slice * padded_ + first + d] = 0;
+    }
+    for (int64_t j = 0; j < channels_; ++j) {
+      for (int64_t slice = 0; slice < slices_; ++slice) {
+        add_scaled(qkv_weight_.row(1 + j) + first, grad_context()[slice * padded_ + j], columns,
+                   grad_pooled() + slice * padded_ + first);
+      }
+    }
+  }
+
+  // Rows [own) of the gradients of W_K, W_V and W_O, and the same of their biases.
+  void finish_channels(Range own) {
+    if (own.count() == 0) return;
+    S* qkv_weight = static_cast<S*>(op_.grad_qkv_weight);
+    S* qkv_bias = static_cast<S*>(op_.grad_qkv_bias);
+    S* out_weight = static_cast<S*>(op_.grad_out_weight);
+    S* out_bias = static_cast<S*>(op_.grad_out_bias);
+    if (out_weight != nullptr) sum_weight_rows(own, out_weight_sum(0), out_weight);
+    if (qkv_weight != nullptr) {
+      sum_weight_rows(own, value_weight_sum(0), qkv_weight + (1 + channels_) * channels_);
+      multiply<T, LeftOperand::kColumns>(
+          own.count(), channels_, slices_, grad_context() + own.begin, padded_,
+          Panels<T>{pooled(), kWidth, padded_},
+          StoreResult<S>{qkv_weight + (1 + own.begin) * channels_, channels_, channels_});
+    }
+    for (int64_t d = own.begin; d < own.end; ++d) {
+      T value_sum = 0, out_sum = 0, key_sum = 0;
+      for (int64_t worker = 0; worker < workers_; ++worker) {
+        value_sum += value_bias_sum(worker)[d];
+        out_sum += out_bias_sum(worker)[d];
+      }
+      for (int64_t slice = 0; slice < slices_; ++slice) {
+        key_sum += weight_sum(slice) * grad_context()[slice * padded_ + d];
+      }
+      if (out_bias != nullptr) store_one(out_bias + d, out_sum);
+      if (qkv_bias != nullptr) {
+        store_one(qkv_bias + 1 + d, key_sum);
+        store_one(qkv_bias + 1 + channels_ + d, value_sum);
+      }
+    }
+  }
+
+  void sum_weight_rows(Range own, const T* sums, S* target) const {
+    const StoreResult<S> result = {target, channels_, channels_};
+    for (int64_t row = own.begin; row < own.end; ++row) {
+      for (int64_t d = 0; d < channels_; d += kLanes<T>) {
+        Vec<T> sum = load(sums + row * padded_ + d);
+        for (int64_t worker = 1; worker < workers_; ++worker) {
+          sum += load(sums + (worker * 2 * channels_ + row) * padded_ + d);
+        }
+        result.finish(row, d, sum);
+      }
+    }
+  }
+
+  // ---- The pooling path, token by token ----
+
+  void sum_score_gradient(int64_t index) {
+    T sum = dot(pooled() + index * padded_, grad_pooled() + index * padded_, channels_) +
+            weight_sum(index) * key_bias_product(index);
+    if (op_.grad_weights.data != nullptr) {
+      const TokenGrid& grid = op_.prev_grid;
+      const Slice slice = make_slice(grid, index);
+      const auto p =
+          slice_values<const T>(grid, slice, contiguous_values<const void>(grid, op_.weights));
+      const auto grad = slice_values<const T>(grid, slice, op_.grad_weights);
+      for (int64_t n = 0; n < grid.slice_tokens(); ++n) {
+        if (p[n] != 0) sum += p[n] * grad[n];
+      }
+    }
+    score_sum(index) = sum;
+  }
+
+  void pool_path(int64_t worker, Range range) {
+    for (int64_t d = 0; d < padded_; ++d) score_weight_sum(worker)[d] = 0;
+    score_bias_sums_[worker] = 0;
+    for (int64_t first = range.begin; first < range.end; first += kTileRows) {
+      pool_tile(worker, {first, smaller(first + kTileRows, range.end)});
+    }
+  }
+
+  void pool_tile(int64_t worker, Range tokens) {
+    const int64_t first = tokens.begin;
+    const int64_t count = tokens.count();
+    T* x_tile = tile(worker);
+    const Rows<const T> x = read_rows(op_.prev_grid, static_cast<const S*>(op_.x_prev), first,
+                                      count, x_tile, tile_stride_);
+    bool in_place = false;
+    const Rows<T> grad = pool_gradient_rows(tokens, x_tile + tile_size_, &in_place);
+
+    const T* rows[kTileRows + kLanes<T>];
+    int64_t slices[kTileRows];
+    TokenWalk walk(op_.prev_grid, first);
+    for (int64_t t = 0; t < count; ++t, walk.next()) {
+      rows[t] = x.data + t * x.stride;
+      slices[t] = walk.slice();
+    }
+    for (int64_t t = count; t < count + kLanes<T>; ++t) rows[t] = x.data;
+    alignas(64) T products[kTileRows + 2 * kLanes<T>];  // x' . dxbar
+    for (int64_t t = 0; t < count;) {
+      int64_t end = t + 1;
+      while (end < count && slices[end] == slices[t]) ++end;
+      const T* direction = grad_pooled() + slices[t] * padded_;
+      if (end - t > kLanes<T> / 4) {
+        dot_rows(rows + t, end - t, direction, channels_, int64_t{0}, products + t);
+      } else {
+        for (int64_t i = t; i < end; ++i) products[i] = dot(rows[i], direction, channels_);
+      }
+      t = end;
+    }
+
+    T score_grads[kTileRows];
+    int64_t kept = 0;  // tokens with a weight; whatever x' holds elsewhere stays out
+    walk = TokenWalk(op_.prev_grid, first);
+    for (int64_t t = 0; t < count; ++t, walk.next()) {
+      const auto value_at = [&](const TokenValues<const void>& values) {
+        const TokenPosition& at = walk.position();
+        return static_cast<const T*>(
+            values.data)[at.image * values.stride_batch + at.y * values.stride_height +
+                         at.x * values.stride_width];
+      };
+      const T p = static_cast<const T*>(op_.weights)[first + t];
+      T* grad_row = grad.data + t * grad.stride;
+      if (p == 0) {
+        for (int64_t d = 0; pool_grad() && !self_ && d < channels_; ++d) grad_row[d] = 0;
+        continue;
+      }
+      const T scale = op_.dropout_scale.data != nullptr ? value_at(op_.dropout_scale) : T{1};
+      T dp = scale * (products[t] + key_bias_product(slices[t]));
+      if (op_.grad_weights.data != nullptr) dp += value_at(op_.grad_weights);
+      const T score_grad = p * (dp - score_sum(slices[t]));
+      score_bias_sums_[worker] += score_grad;
+      rows[kept] = rows[t];
+      score_grads[kept++] = score_grad;
+      if (pool_grad() == nullptr) continue;
+      combine_scaled(grad_pooled() + slices[t] * padded_, p * scale, score_weight(), score_grad,
+                     channels_, self_, grad_row);
+    }
+    add_weighted_rows(rows, score_grads, kept, channels_, T{1}, score_weight_sum(worker));
+    if (pool_grad() != nullptr && !in_place) {
+      scatter_tokens(pool_grid(), pool_grad(), first, count, grad.data, grad.stride);
+    }
+  }
+
+  // The rows that receive the gradient of x': with the value path's share in self-attention.
+  Rows<T> pool_gradient_rows(Range tokens, T* tile, bool* in_place) const {
+    if (delayed()) {
+      return {delayed_grad_x_.get() + tokens.begin * channels_, channels_};
+    }
+    if constexpr (!kHalf) {
+      if (self_ && op_.grad_x != nullptr) {
+        const TokenGrid& grid = pool_grid();
+        *in_place = tokens_in_place<S>(grid, tokens.begin, tokens.count());
+        if (*in_place) {
+          return {pool_grad() + token_offset(grid, token_position(grid, tokens.begin)),
+                  grid.stride_width};
+        }
+        gather_tokens(grid, pool_grad(), tokens.begin, tokens.count(), tile, tile_stride_,
+                      channels_);
+      }
+    }
+    return {tile, tile_stride_};
+  }
+
+  void finish_scores(int64_t workers) {
+    if (op_.grad_qkv_bias != nullptr) {
+      T sum = 0;
+      for (int64_t worker = 0; worker < workers; ++worker) sum += score_bias_sums_[worker];
+      store_one(static_cast<S*>(op_.grad_qkv_bias), sum);
+    }
+    for (int64_t d = 0; op_.grad_qkv_weight != nullptr && d < channels_; ++d) {
+      T sum = 0;
+      for (int64_t worker = 0; worker < workers; ++worker) sum += score_weight_sum(worker)[d];
+      store_one(static_cast<S*>(op_.grad_qkv_weight) + d, sum);
+    }
+  }
+
+  const AttentionBackward& op_;
+  const ParallelFor& parallel_;
+  const bool self_;
+  const int64_t channels_, slices_, image_tokens_, image_slices_, tokens_, prev_tokens_;
+  const int64_t padded_, tile_stride_, tile_size_;  // a tile's rows spread over cache sets
+  const int64_t panels_, panel_size_, workers_;
+  const bool pack_keys_;  // else the rows of W_K are gone through as they lie
+  const WeightRows<S> qkv_weight_, out_weight_;
+  const Buffer<T> vectors_, packed_, weight_sums_, bias_sums_, score_bias_sums_;
+  const Buffer<T*> context_sums_;
+  const Buffer<T> context_sums_data_, tiles_, delayed_grad_x_, slice_values_, slice_sums_;
+};
+
+// An empty batch: every gradient of a weight or bias is zero.
+template <typename S>
+void clear_weight_gradients(const AttentionBackward& op) {
+  const int64_t channels = op.grid.channels;
+  const auto clear = [](void* gradient, int64_t count) {
+    for (int64_t i = 0; gradient != nullptr && i < count; ++i) static_cast<S*>(gradient)[i] = S{};
+  };
+  clear(op.grad_qkv_weight, (1 + 2 * channels) * channels);
+  clear(op.grad_qkv_bias, 1 + 2 * channels);
+  clear(op.grad_out_weight, channels * channels);
+  clear(op.grad_out_bias, channels);
+}
+
+}  // namespace SEP_ATTN_CAPABILITY
+}  // namespace sep_attn

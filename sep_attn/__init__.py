@@ -1,0 +1,11 @@
+"""Separable self-attention, O(N) in the number of tokens, as fused CPU and GPU kernels.
+
+Mehta and Rastegari, "Separable Self-attention for Mobile Vision Transformers" (2022).
+"""
+
+from sep_attn import functional, reference
+from sep_attn.module import SeparableAttention
+from sep_attn.patch import patch, unpatch
+from sep_attn.version import __version__
+
+__all__ = ["SeparableAttention", "__version__", "functional", "patch", "reference", "unpatch"]

@@ -1,0 +1,66 @@
+"""The one dispatcher: which backend serves a call, and why another cannot."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+
+from sep_attn import native, triton_kernels
+from sep_attn.validation import BACKENDS
+
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def unavailable_reason(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``backend`` ("native", "triton" or "reference") cannot serve tensors of this device and
+    dtype; None when it can."""
+    if backend == "reference":
+        return None
+    if dtype not in KERNEL_DTYPES:
+        return f"its kernels take float32, float64, bfloat16 and float16, not {dtype}"
+    if backend == "triton":
+        return triton_kernels.unavailable_reason(device)
+    if device.type != "cpu":
+        return f"it serves CPU tensors, not {device.type}"
+    return native.unavailable_reason()
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=5)
+
+
+@torch.compiler.assume_constant_result
+def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Returns the backend that serves a call: "native", "triton" or "reference".
+
+    ``"auto"`` takes the C++ kernels for CPU tensors and Triton for any other device, and falls back
+    to the reference with one warning that names the cause.
+
+    Raises:
+        RuntimeError: a backend named by hand cannot serve the call; the message says why.
+    """
+    if backend != "auto":
+        reason = unavailable_reason(backend, device, dtype)
+        if reason is not None:
+            usable = [
+                name for name in BACKENDS[1:] if unavailable_reason(name, device, dtype) is None
+            ]
+            raise RuntimeError(
+                f'backend="{backend}" cannot serve {dtype} tensors on {device}: {reason}. '
+                f"Usable here: {', '.join(usable)}"
+            )
+        return backend
+    if device.type == "meta":
+        return "reference"
+    preferred = "native" if device.type == "cpu" else "triton"
+    reason = unavailable_reason(preferred, device, dtype)
+    if reason is None:
+        return preferred
+    _warn_once(
+        f"sep_attn computes {dtype} tensors on {device.type} in plain PyTorch: the {preferred} "
+        f"backend cannot serve them ({reason})"
+    )
+    return "reference"

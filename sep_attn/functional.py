@@ -1,0 +1,242 @@
+"""The functional API: checks, layout, and one way to the operator of a backend."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sep_attn import ops, reference
+from sep_attn.backends import resolve
+from sep_attn.layout import token_shape
+from sep_attn.validation import (
+    autocast_enabled,
+    check_context_pool,
+    check_gate,
+    check_separable_attention,
+)
+
+__all__ = ["context_pool", "gate", "separable_attention"]
+
+
+def separable_attention(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    *,
+    x_prev: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    value_act: str = "relu",
+    patch_size: int | tuple[int, int] | None = None,
+    need_weights: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Separable self-attention, ``O(N)`` in the number of tokens.
+
+    For every slice of tokens, with ``x' = x_prev`` if given, else ``x``::
+
+        p   = dropout(softmax(x' w_I + b_I))
+        c   = sum_n p_n (x'_n W_K^T + b_K)
+        out = (act(x W_V^T + b_V) * c) W_O^T + b_O
+
+    Mehta and Rastegari 2022, "Separable Self-attention for Mobile Vision Transformers", eq. 3.
+
+    Args:
+        x: ``[B, N, D]`` (one slice an image), ``[B, D, P, N]`` (softmax over the last axis), or
+            ``[B, D, H, W]`` with ``patch_size``. Any strides; no layout is copied.
+        qkv_weight: ``[1 + 2 D, D]``: row 0 the score, rows 1 to D the keys, the rest the values.
+        qkv_bias: ``[1 + 2 D]`` or None.
+        out_weight: ``[D, D]``.
+        out_bias: ``[D]`` or None.
+        x_prev: where scores and keys come from: the layout, batch and channels of ``x``; the number
+            of tokens may differ.
+        key_padding_mask: bool, True leaves a token of ``x_prev`` (else ``x``) out: ``[B, N]``,
+            ``[B, P, N]`` or ``[B, H, W]``. A slice with nothing left gives ``out = out_bias``.
+        dropout_p: attention dropout in ``[0, 1)``, applied after the softmax whenever it is above
+            0, with no renormalisation.
+        value_act: ``"relu"`` or ``"identity"``.
+        patch_size: ``(patch_h, patch_w)``: pixel ``(y, x)`` of ``[B, D, H, W]`` is in slice
+            ``(y % patch_h) * patch_w + x % patch_w``.
+        need_weights: also return the softmax weights, before dropout.
+        backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        The output in the shape and dtype of ``x`` (autocast's dtype under autocast), or
+        ``(output, weights)`` with the weights in the shape that ``key_padding_mask`` has.
+
+    Raises:
+        TypeError: an argument of the wrong type, or mixed dtypes outside autocast.
+        ValueError: a shape, device, probability or choice that does not fit.
+        RuntimeError: ``backend`` was named and cannot serve the call.
+    """
+    device = x.device if isinstance(x, Tensor) else torch.device("cpu")
+    autocast = autocast_enabled(device.type)
+    patch_h, patch_w = check_separable_attention(
+        x,
+        qkv_weight,
+        qkv_bias,
+        out_weight,
+        out_bias,
+        x_prev=x_prev,
+        key_padding_mask=key_padding_mask,
+        dropout_p=dropout_p,
+        value_act=value_act,
+        patch_size=patch_size,
+        backend=backend,
+        mixed_dtypes=autocast,
+    )
+    source = x if x_prev is None else x_prev
+    guard: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if autocast and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+        guard = torch.autocast(device.type, enabled=False)
+        x, qkv_weight, out_weight = x.to(dtype), qkv_weight.to(dtype), out_weight.to(dtype)
+        x_prev = None if x_prev is None else x_prev.to(dtype)
+        qkv_bias = None if qkv_bias is None else qkv_bias.to(dtype)
+        out_bias = None if out_bias is None else out_bias.to(dtype)
+
+    chosen = resolve(backend, device, x.dtype)
+    with guard:
+        if chosen == "reference":
+            return reference.separable_attention(
+                x,
+                qkv_weight,
+                qkv_bias,
+                out_weight,
+                out_bias,
+                x_prev=x_prev,
+                key_padding_mask=key_padding_mask,
+                dropout_p=dropout_p,
+                value_act=value_act,
+                patch_size=patch_size,
+                need_weights=need_weights,
+            )
+        arguments = (
+            x,
+            x_prev,
+            qkv_weight,
+            qkv_bias,
+            out_weight,
+            out_bias,
+            key_padding_mask,
+            reference.dropout_scale(source, dropout_p) if dropout_p > 0.0 else None,
+            value_act,
+            patch_h,
+            patch_w,
+        )
+        if chosen == "triton":
+            out, weights = _pooled_form(*arguments)
+        elif need_weights or _differentiated(arguments[:6]):
+            out, weights, _ = ops.separable_attention("native", *arguments)
+        else:
+            return ops.separable_attention_inference("native", *arguments)
+        return (out, weights.to(x.dtype)) if need_weights else out
+
+
+def _differentiated(tensors: Iterable[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    )
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear map of the channels of ``[B, N, D]`` or ``[B, D, H, W]``, in x's own layout."""
+    if x.dim() == 3:
+        return F.linear(x, weight, bias)
+    if x.stride(1) == 1:
+        return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+    projected = torch.matmul(weight, x.flatten(2))
+    if bias is not None:
+        projected = projected + bias[:, None]
+    return projected.unflatten(2, x.shape[2:])
+
+
+def _pooled_form(
+    x: Tensor,
+    x_prev: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    dropout_scale: Tensor | None,
+    value_act: str,
+    patch_h: int,
+    patch_w: int,
+) -> tuple[Tensor, Tensor]:
+    """The layer from Triton's pool and gate and torch's products: c = W_K pooled + sigma b_K."""
+    source = x if x_prev is None else x_prev
+    dim = qkv_weight.shape[1]
+    score_weight, key_weight, value_weight = qkv_weight.split([1, dim, dim])
+    score_bias, key_bias, value_bias = (
+        (None, None, None) if qkv_bias is None else qkv_bias.split([1, dim, dim])
+    )
+    scores = _project(source, score_weight, score_bias).reshape(token_shape(source))
+    pooled, weight_sum, weights = ops.context_pool(
+        "triton", source, scores, key_padding_mask, dropout_scale, patch_h, patch_w
+    )
+    context = F.linear(pooled, key_weight.to(pooled.dtype))
+    if key_bias is not None:
+        context = torch.addcmul(context, weight_sum[:, None], key_bias.to(pooled.dtype))
+    values = _project(x, value_weight, value_bias)
+    gated = ops.gate("triton", values, context, value_act, patch_h, patch_w)
+    return _project(gated, out_weight, out_bias), weights
+
+
+def context_pool(
+    x: Tensor, scores: Tensor, *, key_padding_mask: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """The sum of the tokens, weighted by the softmax of their scores, in one pass.
+
+    ``pooled = sum_n softmax(scores)_n x_n``, with statistics and sums in float32. Replaces
+    ``(scores.softmax(-1)[..., None] * x).sum(1)``.
+
+    Args:
+        x: ``[B, N, D]``, any strides.
+        scores: ``[B, N]``, any floating dtype.
+        key_padding_mask: bool ``[B, N]``, True leaves a token out; a slice with nothing left
+            gives zeros.
+        backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        ``[B, D]`` in the dtype of ``x``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`separable_attention`.
+    """
+    check_context_pool(x, scores, key_padding_mask, backend)
+    chosen = resolve(backend, x.device, x.dtype)
+    if chosen == "reference":
+        return reference.context_pool(x, scores, key_padding_mask=key_padding_mask)
+    pooled, _, _ = ops.context_pool(chosen, x, scores, key_padding_mask, None, 1, 1)
+    return pooled.to(x.dtype)
+
+
+def gate(v: Tensor, context: Tensor, *, act: str = "relu", backend: str = "auto") -> Tensor:
+    """``act(v) * context``: every token's values gated by the context of its slice.
+
+    Replaces ``F.relu(v) * context[:, None]``.
+
+    Args:
+        v: ``[B, N, D]``, any strides.
+        context: ``[B, D]``, any floating dtype.
+        act: ``"relu"`` or ``"identity"``.
+        backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        ``[B, N, D]`` in the dtype of ``v``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`separable_attention`.
+    """
+    check_gate(v, context, act, backend)
+    chosen = resolve(backend, v.device, v.dtype)
+    if chosen == "reference":
+        return reference.gate(v, context, act=act)
+    return ops.gate(chosen, v, context, act, 1, 1)

@@ -1,0 +1,63 @@
+"""Token grids: how every input layout is seen as slices of tokens, without moving data.
+
+A tensor of rank 3 is ``[B, N, D]``. A tensor of rank 4 is ``[B, D, H, W]`` with a patch size
+``(patch_h, patch_w)``: pixel ``(y, x)`` belongs to group ``(y % patch_h) * patch_w + x % patch_w``.
+``[B, D, P, N]`` is the same with ``H = P``, ``W = N`` and the patch ``(P, 1)``. One *slice* is one
+group of one image; the softmax runs over the tokens of a slice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def default_patch_size(x: Tensor) -> tuple[int, int]:
+    """The patch of ``[B, N, D]`` and of ``[B, D, P, N]``, which need no ``patch_size``."""
+    return (1, 1) if x.dim() == 3 else (x.shape[2], 1)
+
+
+def token_shape(x: Tensor) -> tuple[int, ...]:
+    """The shape of one value a token: ``[B, N]``, or ``[B, H, W]`` for a tensor of rank 4."""
+    return tuple(x.shape[:2]) if x.dim() == 3 else (x.shape[0], x.shape[2], x.shape[3])
+
+
+def num_channels(x: Tensor) -> int:
+    return x.shape[2] if x.dim() == 3 else x.shape[1]
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and sums: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def slice_view(x: Tensor, patch_h: int, patch_w: int) -> Tensor:
+    """Views ``x`` as ``[B, patch_h, patch_w, H / patch_h, W / patch_w, D]``; never copies."""
+    if x.dim() == 3:
+        return x[:, None, None, None]
+    batch, channels, height, width = x.shape
+    grid = x.view(batch, channels, height // patch_h, patch_h, width // patch_w, patch_w)
+    return grid.permute(0, 3, 5, 2, 4, 1)
+
+
+def token_view(values: Tensor, patch_h: int, patch_w: int) -> Tensor:
+    """Views one value a token as ``[B, patch_h, patch_w, H / patch_h, W / patch_w]``."""
+    if values.dim() == 2:
+        return values[:, None, None, None]
+    batch, height, width = values.shape
+    grid = values.view(batch, height // patch_h, patch_h, width // patch_w, patch_w)
+    return grid.permute(0, 2, 4, 1, 3)
+
+
+def merge_slices(sliced: Tensor, like: Tensor) -> Tensor:
+    """The inverse of :func:`slice_view`: ``[B, ph, pw, NH, NW, D]`` to the shape of ``like``."""
+    if like.dim() == 3:
+        return sliced.reshape(like.shape)
+    return sliced.permute(0, 5, 3, 1, 4, 2).reshape(like.shape)
+
+
+def merge_token_slices(sliced: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of :func:`token_view`: ``[B, ph, pw, NH, NW]`` back to a token shape."""
+    if len(shape) == 2:
+        return sliced.reshape(shape)
+    return sliced.permute(0, 3, 1, 4, 2).reshape(shape)

@@ -1,0 +1,132 @@
+"""The module: a drop-in replacement of timm's ``LinearSelfAttention``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sep_attn.functional import separable_attention
+from sep_attn.validation import (
+    ACTIVATIONS,
+    BACKENDS,
+    check_choice,
+    check_patch_size,
+    check_probability,
+)
+
+# How other libraries name the projections; ours are `qkv_proj.weight` and so on.
+_FOREIGN_INFIXES = (".block.conv.", ".convolution.")
+
+
+class SeparableAttention(nn.Module):
+    """Separable self-attention, Mehta and Rastegari 2022, eq. 3.
+
+    ``forward`` takes ``[B, N, D]``, ``[B, D, P, N]`` (timm, ml-cvnets, Hugging Face), or
+    ``[B, D, H, W]`` when ``patch_size`` is given. ``load_state_dict`` also takes the key names and
+    the ``[.., .., 1, 1]`` convolution weights of timm, ml-cvnets and Hugging Face.
+
+    Args:
+        embed_dim: D, the number of channels.
+        attn_drop: dropout of the softmax weights while training, no renormalisation.
+        proj_drop: dropout of the output while training.
+        bias: whether the projections have biases.
+        value_act: ``"relu"`` (paper) or ``"identity"``.
+        patch_size: ``(patch_h, patch_w)`` or an int: read rank 4 as ``[B, D, H, W]``, where every
+            pixel position of the patch is a slice of its own.
+        backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        qkv_proj: ``nn.Linear(D, 1 + 2 D)``: row 0 the score, then the keys, then the values.
+        out_proj: ``nn.Linear(D, D)``.
+
+    Raises:
+        TypeError, ValueError: an argument out of range; the message says what was expected.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        bias: bool = True,
+        *,
+        value_act: str = "relu",
+        patch_size: int | tuple[int, int] | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(embed_dim, int) or isinstance(embed_dim, bool):
+            raise TypeError(f"embed_dim must be an int, got {type(embed_dim).__name__}")
+        if embed_dim < 1:
+            raise ValueError(f"embed_dim must be positive, got {embed_dim}")
+        check_probability("attn_drop", attn_drop)
+        check_probability("proj_drop", proj_drop)
+        check_choice("value_act", value_act, ACTIVATIONS)
+        check_choice("backend", backend, BACKENDS)
+        self.embed_dim = embed_dim
+        self.value_act = value_act
+        self.patch_size = check_patch_size(patch_size)
+        self.backend = backend
+        self.qkv_proj = nn.Linear(embed_dim, 1 + 2 * embed_dim, bias, device=device, dtype=dtype)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(
+        self,
+        x: Tensor,
+        x_prev: Tensor | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Arguments, results and errors of :func:`sep_attn.functional.separable_attention`."""
+        qkv_proj, out_proj = self.qkv_proj, self.out_proj
+        result = separable_attention(
+            x,
+            qkv_proj.weight,
+            qkv_proj.bias,
+            out_proj.weight,
+            out_proj.bias,
+            x_prev=x_prev,
+            key_padding_mask=key_padding_mask,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+            value_act=self.value_act,
+            patch_size=self.patch_size,
+            need_weights=need_weights,
+            backend=self.backend,
+        )
+        if not self.training or self.proj_drop.p == 0.0:
+            return result
+        if isinstance(result, tuple):
+            return self.proj_drop(result[0]), result[1]
+        return self.proj_drop(result)
+
+    def extra_repr(self) -> str:
+        parts = [f"embed_dim={self.embed_dim}", f"value_act={self.value_act!r}"]
+        if self.patch_size is not None:
+            parts.append(f"patch_size={self.patch_size}")
+        if self.backend != "auto":
+            parts.append(f"backend={self.backend!r}")
+        return ", ".join(parts)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for projection in ("qkv_proj", "out_proj"):
+            for kind in ("weight", "bias"):
+                own = f"{prefix}{projection}.{kind}"
+                for infix in _FOREIGN_INFIXES:
+                    foreign = f"{prefix}{projection}{infix}{kind}"
+                    if foreign in state_dict and own not in state_dict:
+                        state_dict[own] = state_dict.pop(foreign)
+                value = state_dict.get(own)
+                if isinstance(value, Tensor) and value.dim() == 4 and value.shape[2:] == (1, 1):
+                    state_dict[own] = value.flatten(1)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

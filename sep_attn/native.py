@@ -1,0 +1,89 @@
+"""The C++ kernels of this installation: whether they are there, and which instruction set runs.
+
+Importing this module loads ``sep_attn._C`` once, which registers the ``*_native`` operators. It
+never raises: :func:`unavailable_reason` tells what went wrong.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import types
+
+import torch  # noqa: F401  (loads libtorch, whose symbols _C takes)
+
+from sep_attn.version import __version__
+
+
+def _load() -> tuple[types.ModuleType | None, str | None]:
+    if importlib.util.find_spec("sep_attn._C") is None:
+        return None, (
+            "the C++ kernels are not built (no sep_attn._C beside the package); "
+            "reinstall without SEP_ATTN_SKIP_NATIVE, or run: python setup.py build_ext --inplace"
+        )
+    try:
+        from sep_attn import _C
+    except ImportError as error:
+        return None, f"the C++ kernels did not load: {error}"
+    if _C.version() != __version__:
+        return None, (
+            f"the C++ kernels were built for sep_attn {_C.version()} and this is {__version__}; "
+            "rebuild them: python setup.py build_ext --inplace"
+        )
+    return _C, None
+
+
+_module, _reason = _load()
+
+
+def _loaded() -> types.ModuleType:
+    if _module is None:
+        raise RuntimeError(f"sep_attn's native backend is not available: {_reason}")
+    return _module
+
+
+def unavailable_reason() -> str | None:
+    """Why the C++ kernels cannot serve CPU tensors; None when they can."""
+    return _reason
+
+
+def capability() -> str:
+    """The instruction set in use: ``"baseline"``, ``"avx2"`` or ``"avx512"``.
+
+    Raises:
+        RuntimeError: the C++ kernels are not available (so do all functions below).
+    """
+    return _loaded().capability()
+
+
+def capabilities() -> list[str]:
+    """The instruction sets usable on this machine, best last."""
+    return _loaded().capabilities()
+
+
+def compiled_capabilities() -> list[str]:
+    """The instruction sets this build holds, best last."""
+    return _loaded().compiled_capabilities()
+
+
+def set_capability(name: str) -> None:
+    """Uses another instruction set from now on, in this process.
+
+    Raises:
+        ValueError: ``name`` is not among :func:`capabilities`.
+    """
+    _loaded().set_capability(name)
+
+
+def kernel_calls() -> dict[str, int]:
+    """How often each kernel ran since the last reset: ``{"gate_forward/avx512": 2}``."""
+    return _loaded().kernel_calls()
+
+
+def reset_kernel_calls() -> None:
+    """Sets every count to 0."""
+    _loaded().reset_kernel_calls()
+
+
+def poison_results(enabled: bool) -> None:
+    """For tests: fills results with NaN before a kernel runs, so that a value left out shows."""
+    _loaded().poison_results(enabled)

@@ -1,0 +1,354 @@
+"""The operators of namespace ``sep_attn``: every schema, fake and autograd formula, in this place.
+
+An operator exists once a backend: ``context_pool_native`` is served by the C++ kernels (they
+register themselves when ``sep_attn._C`` is imported), ``context_pool_triton`` by the Triton
+launchers. Both share one schema, one fake and one formula. Arguments are checked in
+:mod:`sep_attn.validation` before an operator is called; ``patch_h`` and ``patch_w`` describe the
+layout (:mod:`sep_attn.layout`). ``S`` counts slices, ``tokens`` is ``[B, N]`` or ``[B, H, W]``,
+and *acc* is the accumulation dtype, float32, or float64 for float64.
+
+==================== ===============================================================================
+``context_pool``      ``pooled [S, D] acc``, ``weight_sum [S] acc``, ``weights tokens acc``
+``gate``              ``act(v) * context[slice]``
+``separable_attention`` ``out``, ``weights tokens acc``, ``statistics [S, 2 D + 1] acc``: pooled
+                      input, context and weight sum of each slice; ``_inference``: ``out``
+==================== ===============================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sep_attn import triton_kernels
+from sep_attn.layout import accumulate_dtype, num_channels, token_shape
+
+_library = torch.library.Library("sep_attn", "DEF")
+
+
+def _define(name: str, schema: str, fake: Callable[..., Any]) -> None:
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"sep_attn::{name}", fake, lib=_library)
+
+
+def _serve_with_triton(name: str, launcher: Callable[..., Any]) -> None:
+    # CPU tensors reach Triton under its interpreter only; sep_attn.backends sees to that.
+    for key in ("CUDA", "XPU", "CPU"):
+        _library.impl(name, launcher, key)
+
+
+def _differentiate(
+    name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> None:
+    torch.library.register_autograd(
+        f"sep_attn::{name}", backward, setup_context=setup_context, lib=_library
+    )
+
+
+def _refuse_double_backward(name: str) -> None:
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
+        raise NotImplementedError(
+            f"sep_attn::{name} has no second derivative; "
+            'use backend="reference" where one is needed'
+        )
+
+    torch.library.register_autograd(f"sep_attn::{name}", backward, lib=_library)
+
+
+def _slices(x: Tensor, patch_h: int, patch_w: int) -> int:
+    return x.shape[0] * patch_h * patch_w
+
+
+def _per_token(x: Tensor) -> Tensor:
+    return x.new_empty(token_shape(x), dtype=accumulate_dtype(x.dtype))
+
+
+def _per_slice(x: Tensor, patch_h: int, patch_w: int, *columns: int) -> Tensor:
+    shape = (_slices(x, patch_h, patch_w), *columns)
+    return x.new_empty(shape, dtype=accumulate_dtype(x.dtype))
+
+
+# context_pool ------------------------------------------------------------------------------------
+
+
+def _context_pool_fake(
+    x: Tensor,
+    scores: Tensor,
+    key_padding_mask: Tensor | None,
+    dropout_scale: Tensor | None,
+    patch_h: int,
+    patch_w: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pooled = _per_slice(x, patch_h, patch_w, num_channels(x))
+    return pooled, _per_slice(x, patch_h, patch_w), _per_token(x)
+
+
+def _context_pool_backward_fake(
+    grad_pooled: Tensor,
+    grad_weight_sum: Tensor | None,
+    grad_weights: Tensor | None,
+    x: Tensor,
+    *saved: Any,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), _per_token(x)
+
+
+def _context_pool_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, scores, _, dropout_scale, ctx.patch_h, ctx.patch_w = inputs
+    ctx.scores_dtype = scores.dtype
+    ctx.save_for_backward(x, dropout_scale, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _context_pool_formula(backend: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(
+        ctx: Any,
+        grad_pooled: Tensor | None,
+        grad_weight_sum: Tensor | None,
+        grad_weights: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        x, dropout_scale, pooled, weight_sum, weights = ctx.saved_tensors
+        if grad_pooled is None:
+            grad_pooled = pooled.new_zeros(()).expand_as(pooled)
+        grad_x, grad_scores = _operator("context_pool_backward", backend)(
+            grad_pooled,
+            grad_weight_sum,
+            grad_weights,
+            x,
+            pooled,
+            weight_sum,
+            weights,
+            dropout_scale,
+            ctx.patch_h,
+            ctx.patch_w,
+        )
+        return grad_x, grad_scores.to(ctx.scores_dtype), None, None, None, None
+
+    return backward
+
+
+# gate --------------------------------------------------------------------------------------------
+
+
+def _gate_fake(v: Tensor, context: Tensor, act: str, patch_h: int, patch_w: int) -> Tensor:
+    return torch.empty_like(v)
+
+
+def _gate_backward_fake(
+    grad_y: Tensor, v: Tensor, context: Tensor, act: str, patch_h: int, patch_w: int
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(v), _per_slice(v, patch_h, patch_w, num_channels(v))
+
+
+def _gate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    v, context, ctx.act, ctx.patch_h, ctx.patch_w = inputs
+    ctx.save_for_backward(v, context)
+
+
+def _gate_formula(backend: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        v, context = ctx.saved_tensors
+        grad_v, grad_context = _operator("gate_backward", backend)(
+            grad_y, v, context, ctx.act, ctx.patch_h, ctx.patch_w
+        )
+        return grad_v, grad_context.to(context.dtype), None, None, None
+
+    return backward
+
+
+# separable_attention -----------------------------------------------------------------------------
+
+
+def _separable_attention_fake(
+    x: Tensor,
+    x_prev: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    dropout_scale: Tensor | None,
+    act: str,
+    patch_h: int,
+    patch_w: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = _per_slice(x, patch_h, patch_w, 2 * num_channels(x) + 1)
+    return torch.empty_like(x), _per_token(x if x_prev is None else x_prev), statistics
+
+
+def _separable_attention_inference_fake(x: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _separable_attention_backward_fake(
+    grad_out: Tensor,
+    grad_weights: Tensor | None,
+    x: Tensor,
+    x_prev: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    out_weight: Tensor,
+    dropout_scale: Tensor | None,
+    weights: Tensor,
+    statistics: Tensor,
+    act: str,
+    patch_h: int,
+    patch_w: int,
+    need_input_grad: bool,
+    need_weight_grad: bool,
+) -> tuple[Tensor, ...]:
+    dim = num_channels(x)
+
+    def weight_grad(*shape: int) -> Tensor:
+        return x.new_empty(shape if need_weight_grad else (0,))
+
+    return (
+        torch.empty_like(x) if need_input_grad else x.new_empty(0),
+        x.new_empty(0) if x_prev is None or not need_input_grad else torch.empty_like(x_prev),
+        weight_grad(1 + 2 * dim, dim),
+        weight_grad(1 + 2 * dim),
+        weight_grad(dim, dim),
+        weight_grad(dim),
+    )
+
+
+def _separable_attention_setup(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> None:
+    x, x_prev, qkv_weight, qkv_bias, out_weight, _, _, dropout_scale = inputs[:8]
+    ctx.act, ctx.patch_h, ctx.patch_w = inputs[8:]
+    _, weights, statistics = output
+    ctx.save_for_backward(
+        x, x_prev, qkv_weight, qkv_bias, out_weight, dropout_scale, weights, statistics
+    )
+    ctx.mark_non_differentiable(statistics)
+    ctx.set_materialize_grads(False)
+
+
+def _separable_attention_formula(backend: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_weights: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, x_prev, qkv_weight, qkv_bias, out_weight, dropout_scale, weights, statistics = (
+            ctx.saved_tensors
+        )
+        if grad_out is None:
+            grad_out = x.new_zeros(()).expand_as(x)
+        needed = ctx.needs_input_grad[:6]
+        grads = _operator("separable_attention_backward", backend)(
+            grad_out,
+            grad_weights,
+            x,
+            x_prev,
+            qkv_weight,
+            qkv_bias,
+            out_weight,
+            dropout_scale,
+            weights,
+            statistics,
+            ctx.act,
+            ctx.patch_h,
+            ctx.patch_w,
+            any(needed[:2]),
+            any(needed[2:]),
+        )
+        wanted: Sequence[Tensor | None] = [
+            grad if need else None for grad, need in zip(grads, needed, strict=True)
+        ]
+        return *wanted, None, None, None, None, None
+
+    return backward
+
+
+# Registration ------------------------------------------------------------------------------------
+
+_CONTEXT_POOL = (
+    "(Tensor x, Tensor scores, Tensor? key_padding_mask, Tensor? dropout_scale,"
+    " SymInt patch_h, SymInt patch_w) -> (Tensor pooled, Tensor weight_sum, Tensor weights)"
+)
+_CONTEXT_POOL_BACKWARD = (
+    "(Tensor grad_pooled, Tensor? grad_weight_sum, Tensor? grad_weights, Tensor x, Tensor pooled,"
+    " Tensor weight_sum, Tensor weights, Tensor? dropout_scale, SymInt patch_h, SymInt patch_w)"
+    " -> (Tensor grad_x, Tensor grad_scores)"
+)
+_GATE = "(Tensor v, Tensor context, str act, SymInt patch_h, SymInt patch_w) -> Tensor"
+_GATE_BACKWARD = (
+    "(Tensor grad_y, Tensor v, Tensor context, str act, SymInt patch_h, SymInt patch_w)"
+    " -> (Tensor grad_v, Tensor grad_context)"
+)
+_SEPARABLE_ATTENTION_ARGUMENTS = (
+    "(Tensor x, Tensor? x_prev, Tensor qkv_weight, Tensor? qkv_bias, Tensor out_weight,"
+    " Tensor? out_bias, Tensor? key_padding_mask, Tensor? dropout_scale, str act,"
+    " SymInt patch_h, SymInt patch_w)"
+)
+_SEPARABLE_ATTENTION = (
+    _SEPARABLE_ATTENTION_ARGUMENTS + " -> (Tensor out, Tensor weights, Tensor statistics)"
+)
+_SEPARABLE_ATTENTION_INFERENCE = _SEPARABLE_ATTENTION_ARGUMENTS + " -> Tensor"
+_SEPARABLE_ATTENTION_BACKWARD = (
+    "(Tensor grad_out, Tensor? grad_weights, Tensor x, Tensor? x_prev, Tensor qkv_weight,"
+    " Tensor? qkv_bias, Tensor out_weight, Tensor? dropout_scale, Tensor weights,"
+    " Tensor statistics, str act, SymInt patch_h, SymInt patch_w, bool need_input_grad,"
+    " bool need_weight_grad) -> (Tensor grad_x, Tensor grad_x_prev, Tensor grad_qkv_weight,"
+    " Tensor grad_qkv_bias, Tensor grad_out_weight, Tensor grad_out_bias)"
+)
+
+for _backend in ("native", "triton"):
+    _define(f"context_pool_{_backend}", _CONTEXT_POOL, _context_pool_fake)
+    _define(
+        f"context_pool_backward_{_backend}", _CONTEXT_POOL_BACKWARD, _context_pool_backward_fake
+    )
+    _differentiate(f"context_pool_{_backend}", _context_pool_setup, _context_pool_formula(_backend))
+    _refuse_double_backward(f"context_pool_backward_{_backend}")
+
+    _define(f"gate_{_backend}", _GATE, _gate_fake)
+    _define(f"gate_backward_{_backend}", _GATE_BACKWARD, _gate_backward_fake)
+    _differentiate(f"gate_{_backend}", _gate_setup, _gate_formula(_backend))
+    _refuse_double_backward(f"gate_backward_{_backend}")
+
+_define("separable_attention_native", _SEPARABLE_ATTENTION, _separable_attention_fake)
+_define(
+    "separable_attention_inference_native",
+    _SEPARABLE_ATTENTION_INFERENCE,
+    _separable_attention_inference_fake,
+)
+_define(
+    "separable_attention_backward_native",
+    _SEPARABLE_ATTENTION_BACKWARD,
+    _separable_attention_backward_fake,
+)
+_differentiate(
+    "separable_attention_native",
+    _separable_attention_setup,
+    _separable_attention_formula("native"),
+)
+_refuse_double_backward("separable_attention_backward_native")
+
+_serve_with_triton("context_pool_triton", triton_kernels.context_pool)
+_serve_with_triton("context_pool_backward_triton", triton_kernels.context_pool_backward)
+_serve_with_triton("gate_triton", triton_kernels.gate)
+_serve_with_triton("gate_backward_triton", triton_kernels.gate_backward)
+
+
+def _operator(name: str, backend: str) -> Any:
+    return getattr(torch.ops.sep_attn, f"{name}_{backend}").default
+
+
+def context_pool(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _operator("context_pool", backend)(*args)
+
+
+def gate(backend: str, *args: Any) -> Tensor:
+    return _operator("gate", backend)(*args)
+
+
+def separable_attention(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _operator("separable_attention", backend)(*args)
+
+
+def separable_attention_inference(backend: str, *args: Any) -> Tensor:
+    """The output alone, without the way through Python that a differentiable operator takes."""
+    return _operator("separable_attention_inference", backend)(*args)

@@ -1,0 +1,215 @@
+"""Serves the attention of timm's and Hugging Face's MobileViTv2 with this package's kernels.
+
+Only the ``forward`` of each attention *instance* is rebound. Modules, parameters, hooks and
+``state_dict`` stay as they are, and weights are read when the layer is called.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from sep_attn.functional import separable_attention
+from sep_attn.validation import BACKENDS, check_choice
+
+_CONV_LAYER = "MobileViTV2ConvLayer"  # Hugging Face's wrapper of a convolution
+
+
+def patch(model: nn.Module, *, backend: str = "auto") -> int:
+    """Rebinds the forward of every MobileViTv2 attention layer in ``model``, in place.
+
+    Served are timm's ``LinearSelfAttention`` and Hugging Face's ``MobileViTV2LinearSelfAttention``,
+    with their own signature and layout ``[B, C, P, N]``; timm's ``x_prev`` follows eq. 3.
+
+    A layer is left alone, with a warning that says why, when a subclass redefines its forward or a
+    child that the kernels bypass is not the plain 1 x 1 convolution or dropout its class makes. If
+    one is hooked, wrapped or replaced later, the layer's own forward runs, with a warning. A
+    forward set on the instance is replaced, with a warning, until :func:`unpatch`.
+
+    Args:
+        model: any module. Patching again is harmless, and may change the backend.
+        backend: as in :func:`sep_attn.functional.separable_attention`.
+
+    Returns:
+        How many layers are served now, those of an earlier call among them.
+
+    Raises:
+        TypeError: ``model`` is not a ``torch.nn.Module``.
+        ValueError: no layer of ``model`` can be served, or ``backend`` is unknown.
+    """
+    _check_model(model)
+    check_choice("backend", backend, BACKENDS)
+    served, left = 0, []
+    for name, module in model.named_modules():
+        base = _attention_class(module)
+        if base is None:
+            continue
+        where = f"{name or 'the model'} ({type(module).__name__})"
+        if reason := _redefined(type(module), base) or _changed(module):
+            left.append(f"{where}: {reason}")
+            continue
+        own_forward = module.__dict__.get("forward")
+        if _is_patched(module):
+            own_forward = own_forward.args[1]
+        elif own_forward is not None:
+            warnings.warn(f"sep_attn.patch replaces the forward set on {where}", stacklevel=2)
+        forward = _FORWARDS[_qualified_name(base)]
+        module.forward = functools.partial(forward, module, own_forward, backend)
+        served += 1
+    if not served:
+        found = sorted({type(module).__name__ for module in model.modules()})
+        reasons = f"cannot serve {'; '.join(left)}" if left else f"found only {', '.join(found)}"
+        raise ValueError(f"patch expected a model with {' or '.join(_FORWARDS)}, but {reasons}")
+    if left:
+        warnings.warn(f"sep_attn.patch leaves alone {'; '.join(left)}", stacklevel=2)
+    return served
+
+
+def unpatch(model: nn.Module) -> int:
+    """Gives every patched layer of ``model`` the forward it had before.
+
+    Returns:
+        How many layers were restored; 0 when none was patched.
+
+    Raises:
+        TypeError: ``model`` is not a ``torch.nn.Module``.
+    """
+    _check_model(model)
+    patched = [module for module in model.modules() if _is_patched(module)]
+    for module in patched:
+        own_forward = module.forward.args[1]
+        del module.forward
+        if own_forward is not None:
+            module.forward = own_forward
+    return len(patched)
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+# The new forwards are module-level functions bound by functools.partial, which survive pickle and
+# deepcopy; a bound method would come back as the forward of the class.
+
+
+def _timm_forward(
+    module: Any, own_forward: Any, backend: str, x: Tensor, x_prev: Tensor | None = None
+) -> Tensor:
+    if reason := _changed(module):
+        return _step_aside(module, own_forward, backend, reason)(x, x_prev)
+    out = _attend(module.qkv_proj, module.attn_drop, module.out_proj, x, x_prev, backend)
+    return module.out_drop(out)
+
+
+def _hugging_face_forward(
+    module: Any, own_forward: Any, backend: str, hidden_states: Tensor
+) -> Tensor:
+    if reason := _changed(module):
+        return _step_aside(module, own_forward, backend, reason)(hidden_states)
+    qkv_proj, out_proj = module.qkv_proj.convolution, module.out_proj.convolution
+    return _attend(qkv_proj, module.attn_dropout, out_proj, hidden_states, None, backend)
+
+
+# Recognised by name: neither library is imported.
+_FORWARDS: dict[str, Callable[..., Tensor]] = {
+    "timm.models.mobilevit.LinearSelfAttention": _timm_forward,
+    "transformers.models.mobilevitv2.modeling_mobilevitv2.MobileViTV2LinearSelfAttention": (
+        _hugging_face_forward
+    ),
+}
+
+
+def _attend(
+    qkv_proj: Any, dropout: Any, out_proj: Any, x: Tensor, x_prev: Tensor | None, backend: str
+) -> Tensor:
+    if x.dim() != 4:
+        raise ValueError(f"x has shape {list(x.shape)}, expected [B, C, P, N]")
+    return separable_attention(
+        x,
+        qkv_proj.weight.flatten(1),  # [1 + 2 D, D, 1, 1] -> [1 + 2 D, D]
+        qkv_proj.bias,
+        out_proj.weight.flatten(1),
+        out_proj.bias,
+        x_prev=x_prev,
+        dropout_p=dropout.p if dropout.training else 0.0,
+        backend=backend,
+    )
+
+
+def _step_aside(module: nn.Module, own_forward: Any, backend: str, reason: str) -> Any:
+    """The forward of before patching, for a layer that was changed since."""
+    message = f"sep_attn cannot serve this {type(module).__name__}: {reason}"
+    if backend != "auto":
+        raise RuntimeError(f'{message}; undo that, or patch with backend="auto"')
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"{message}; its own forward runs", stacklevel=3)
+    return own_forward or functools.partial(type(module).forward, module)
+
+
+def _is_patched(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    return isinstance(forward, functools.partial) and forward.func in _FORWARDS.values()
+
+
+def _qualified_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _attention_class(module: nn.Module) -> type | None:
+    return next((c for c in type(module).__mro__ if _qualified_name(c) in _FORWARDS), None)
+
+
+def _redefined(cls: type, base: type) -> str | None:
+    """Names what a subclass changed of the meaning of its attention class."""
+    for subclass in cls.__mro__[: cls.__mro__.index(base)]:
+        for name in vars(subclass):
+            if name == "__call__" or ("forward" in name and name in vars(base)):
+                return f"{_qualified_name(subclass)} redefines {name}"
+    return None
+
+
+def _changed(module: Any) -> str | None:
+    """Names the first child that the kernels must not bypass; None when all are plain."""
+    children = module._modules
+    dropout = "attn_drop" if "attn_drop" in children else "attn_dropout"
+    for name, kind in (("qkv_proj", nn.Conv2d), ("out_proj", nn.Conv2d), (dropout, nn.Dropout)):
+        child = children.get(name)
+        if child is None:
+            return f"it has no child {name}"
+        if type(child).__name__ == _CONV_LAYER:
+            if child.normalization is not None or child.activation is not None:
+                return f"{name} does more than a convolution"
+            if reason := _not_plain(name, child, type(child)):
+                return reason
+            child = child._modules["convolution"]
+        if reason := _not_plain(name, child, kind):
+            return reason
+    return None
+
+
+def _not_plain(name: str, child: Any, kind: type) -> str | None:
+    if type(child) is not kind and type_before_parametrizations(child) is not kind:
+        return f"{name} is a {_qualified_name(type(child))}, expected {_qualified_name(kind)}"
+    if "forward" in child.__dict__:
+        return f"{name} has a forward of its own"
+    if (
+        child._forward_hooks
+        or child._forward_pre_hooks
+        or child._backward_hooks
+        or child._backward_pre_hooks
+    ):
+        return f"{name} has hooks, which would not run"
+    if kind is nn.Conv2d:
+        geometry = (child.kernel_size, child.stride, child.padding, child.groups)
+        if geometry != ((1, 1), (1, 1), (0, 0), 1):
+            return f"{name} is no plain 1 x 1 convolution"
+    if kind is nn.Dropout and child.p == 1.0:
+        return f"{name} drops everything"
+    return None

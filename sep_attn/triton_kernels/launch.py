@@ -1,0 +1,264 @@
+"""What every launch shares: the token grid as kernels see it, tile and split rules, device guard.
+
+A *band* is what one program works on: ``groups`` slices whose tokens lie side by side, token ``n``
+of the band in group ``n % groups``. With a patch 2 or 4 pixels wide the slices of a row of the
+patch make one band, which is then read in whole runs of memory; otherwise a band is a slice. Slice
+``s`` is group ``s % groups`` of band ``s // groups``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+ACCUMULATE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+INTERLEAVED = (2, 4)
+
+# Values of a tile by the size of one, in bytes; half of it where memory is not read in words of 16
+# bytes, for every value then holds an address. Four warps work on a tile.
+TILE_VALUES = {2: 4096, 4: 4096, 8: 2048}
+# Channels of the widest tile, by the axis that is contiguous in memory.
+WIDEST_TILE = {"channels": 128, "tokens": 64, "strided": 64}
+NARROWEST_TILE = 16
+
+# Sums over tokens are split over programs when there are fewer than PROGRAMS, into parts of at
+# least TILES_PER_SPLIT tiles; where that leaves one part, one launch does it all.
+PROGRAMS = 1024
+TILES_PER_SPLIT = 8
+# Combining kernels hold a tile of partial sums: [COMBINE_ROWS, COMBINE_CHANNELS].
+COMBINE_ROWS = 128
+COMBINE_CHANNELS = 32
+
+# Launches whose plans are kept, for each kind: a plan depends on shapes, strides and dtypes alone.
+PLANS = 1024
+
+# Token indices are int32; offsets are int64.
+MOST_TOKENS = 2**30
+
+# Triton compiles anew for every int of a tuple that turns 1 or a multiple of 16, whatever
+# do_not_specialize says. Strides travel shifted by this many bits, and so all look alike.
+STRIDE_SHIFT = tl.constexpr(4)
+
+
+class TokenGrid(NamedTuple):
+    """Bands of ``tokens`` tokens in rows of ``width``. ``patch_w`` counts the bands side by side in
+    a patch."""
+
+    bands: int
+    tokens: int
+    width: int
+    channels: int
+    patch_h: int
+    patch_w: int
+    groups: int
+
+    def arguments(self) -> dict[str, int]:
+        """What kernels are told about the grid."""
+        arguments = self._asdict()
+        arguments["GROUPS"] = arguments.pop("groups")
+        return arguments
+
+
+def token_grid(shape: tuple[int, ...], patch_h: int, patch_w: int) -> TokenGrid:
+    """The grid of ``[B, N, D]`` or ``[B, D, H, W]``.
+
+    Raises:
+        ValueError: a band of more tokens than an int32 index counts.
+    """
+    if len(shape) == 3:
+        batch, width, channels = shape
+        rows = groups = 1
+    else:
+        batch, channels, height, columns = shape
+        groups = patch_w if patch_w in INTERLEAVED else 1
+        patch_w //= groups
+        rows, width = height // patch_h, columns // patch_w
+    tokens = rows * width
+    if tokens > MOST_TOKENS:
+        raise ValueError(
+            f"the Triton kernels take up to {MOST_TOKENS} tokens a slice (or row of slices), "
+            f"this call has {tokens}; cut the input along its tokens"
+        )
+    if rows == 1 or width == 1:
+        width = tokens
+    return TokenGrid(batch * patch_h * patch_w, tokens, width, channels, patch_h, patch_w, groups)
+
+
+def grid_strides(
+    shape: tuple[int, ...], stride: tuple[int, ...], grid: TokenGrid
+) -> tuple[int, ...]:
+    """Strides of (image, row of the patch, column of the patch, row of tokens, token), and of the
+    channels of a tensor that has them.
+
+    Args:
+        shape: of x, ``[B, N, D]`` or ``[B, D, H, W]``.
+        stride: of a tensor of that shape, or of one value a token, ``[B, N]`` or ``[B, H, W]``.
+    """
+    image = stride[0] if shape[0] > 1 else 0
+    if len(shape) == 3:
+        return image, 0, 0, 0, *stride[1:]
+    *channel, row, column = stride[1:]
+    patch_row = row if grid.patch_h > 1 else 0
+    patch_column = column if grid.patch_w > 1 else 0
+    row, column = row * grid.patch_h, column * grid.patch_w
+    if shape[3] == grid.patch_w:  # one token a row: go from row to row
+        row, column = 0, row
+    return image, patch_row, patch_column, row, column, *channel
+
+
+def shifted(
+    strides: Mapping[str, tuple[int, ...]], names: Iterable[str]
+) -> dict[str, tuple[int, ...] | None]:
+    """The strides of these names as kernels take them; None where there are none."""
+    return {
+        name: tuple(stride << STRIDE_SHIFT.value for stride in strides[name])
+        if name in strides
+        else None
+        for name in names
+    }
+
+
+def is_uniform(grid: TokenGrid, operands: Iterable[tuple[int, ...]]) -> bool:
+    """Whether one stride leads from token to token through the whole band, in every operand."""
+    return grid.width == grid.tokens or all(
+        strides[3] == grid.width * strides[4] for strides in operands
+    )
+
+
+def memory_layout(itemsize: int, grid: TokenGrid, strides: tuple[int, ...], uniform: bool) -> str:
+    """The axis that is contiguous in memory, ``channels`` or ``tokens``, with ``_wide`` where every
+    run of it consists of whole 16-byte words; else ``strided``."""
+    *starts, row, token, channel = strides
+    if not uniform:
+        starts.append(row)
+    if channel == 1:
+        axis, run = "channels", grid.channels
+        starts.append(token)
+    elif token == 1:
+        axis, run = "tokens", grid.tokens if uniform else grid.width
+        starts.append(channel)
+    else:
+        return "strided"
+    word = 16 // itemsize
+    return f"{axis}_wide" if all(step % word == 0 for step in (run, *starts)) else axis
+
+
+def tile_shape(itemsize: int, layout: str, channels: int) -> tuple[int, int]:
+    """Tokens and channels of a tile: the widest in channels that pads them by a quarter or less."""
+    axis, _, wide = layout.partition("_")
+    values = TILE_VALUES[itemsize] // (1 if wide else 2)
+    block = WIDEST_TILE[axis]
+    while block > NARROWEST_TILE and triton.cdiv(channels, block) * block > 1.25 * channels:
+        block //= 2
+    return values // block, block
+
+
+def split_tokens(programs: int, tokens: int, block_tokens: int) -> tuple[int, int]:
+    """Into how many parts the tokens of a band are split, and how many tiles a part has, where
+    ``programs`` programs would run without splitting."""
+    tiles = triton.cdiv(tokens, block_tokens)
+    split_tiles = max(TILES_PER_SPLIT, triton.cdiv(tiles * programs, PROGRAMS))
+    return triton.cdiv(tiles, split_tiles), split_tiles
+
+
+class Plan(NamedTuple):
+    """Into how many parts a band is split; the programs of a kernel and everything it is told but
+    its tensors; the same of the kernel that goes with it where there are parts."""
+
+    splits: int
+    programs: int
+    arguments: dict[str, Any]
+    second_programs: int
+    second_arguments: dict[str, Any]
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes ``device`` current while a kernel is launched; a CPU device needs nothing."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.get_device_module(device).device(device)
+
+
+@triton.jit
+def band_offset(i_band, strides, patch_h, patch_w):
+    image = (i_band // (patch_w * patch_h)).to(tl.int64)
+    row = (i_band // patch_w % patch_h).to(tl.int64)
+    column = (i_band % patch_w).to(tl.int64)
+    return (image * strides[0] + row * strides[1] + column * strides[2]) >> STRIDE_SHIFT
+
+
+@triton.jit
+def stride_of(strides, AXIS: tl.constexpr, WORD: tl.constexpr):
+    # The last two operations change nothing: they show the compiler a multiple of WORD.
+    return (strides[AXIS] >> STRIDE_SHIFT) // WORD * WORD
+
+
+@triton.jit
+def token_offsets(tokens, strides, width, UNIFORM: tl.constexpr, WORD: tl.constexpr = 1):
+    if UNIFORM:
+        return tokens.to(tl.int64) * stride_of(strides, 4, WORD)
+    else:
+        rows = (tokens // width).to(tl.int64)
+        columns = (tokens % width).to(tl.int64)
+        return rows * stride_of(strides, 3, WORD) + columns * stride_of(strides, 4, WORD)
+
+
+@triton.jit
+def tile_offsets(
+    offset,
+    tokens,  # [BLOCK_N]
+    channels,  # [BLOCK_D]
+    strides,
+    width,
+    UNIFORM: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    WORD: tl.constexpr,
+):
+    RUN: tl.constexpr = WORD if LAYOUT == "channels_wide" or LAYOUT == "tokens_wide" else 1
+    offset = offset // RUN * RUN
+    if LAYOUT == "tokens" or LAYOUT == "tokens_wide":
+        columns = offset + channels.to(tl.int64) * stride_of(strides, 5, RUN)  # [BLOCK_D]
+        rows = tokens  # [BLOCK_N]
+        if not UNIFORM:
+            rows = (tokens // width).to(tl.int64) * stride_of(strides, 3, RUN) + tokens % width
+    else:
+        rows = offset + token_offsets(tokens, strides, width, UNIFORM, RUN)
+        columns = channels
+        if LAYOUT == "strided":
+            columns = channels.to(tl.int64) * stride_of(strides, 5, RUN)
+    return rows[:, None] + columns[None, :]  # [BLOCK_N, BLOCK_D]
+
+
+@triton.jit
+def matrix_offsets(rows, columns, strides):
+    row_offsets = rows.to(tl.int64) * stride_of(strides, 0, 1)
+    column_offsets = columns.to(tl.int64) * stride_of(strides, 1, 1)
+    return row_offsets[:, None] + column_offsets[None, :]
+
+
+@triton.jit
+def spread(values, BLOCK_N: tl.constexpr):
+    # From one value (or one row) a group to one a token.
+    GROUPS: tl.constexpr = values.shape[0]
+    if len(values.shape) == 1:
+        tokens = tl.broadcast_to(values[None, :], (BLOCK_N // GROUPS, GROUPS))
+        return tl.reshape(tokens, (BLOCK_N,))
+    else:
+        BLOCK_D: tl.constexpr = values.shape[1]
+        tokens = tl.broadcast_to(values[None, :, :], (BLOCK_N // GROUPS, GROUPS, BLOCK_D))
+        return tl.reshape(tokens, (BLOCK_N, BLOCK_D))
+
+
+@triton.jit
+def by_group(tokens, GROUPS: tl.constexpr):
+    # Axis 0 split in two, [tokens of a group, groups], to reduce over the first.
+    if len(tokens.shape) == 1:
+        return tl.reshape(tokens, (tokens.shape[0] // GROUPS, GROUPS))
+    else:
+        return tl.reshape(tokens, (tokens.shape[0] // GROUPS, GROUPS, tokens.shape[1]))

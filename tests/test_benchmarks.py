@@ -1,0 +1,422 @@
+"""The benchmarks themselves: fair turns, refusal of wrong results, fits, and small runs."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import (
+    ceilings,
+    environment,
+    gpu,
+    layer_table,
+    measure,
+    plots,
+    registry,
+    report,
+    token_sweep,
+)
+from benchmarks.registry import CONTENDERS, MODES, OURS
+
+CPU = torch.device("cpu")
+
+
+class FakeClock:
+    """A sampler that runs the call and says it took the next of the given seconds."""
+
+    def __init__(self, **seconds: list[float]) -> None:
+        self.left = {name: list(values) for name, values in seconds.items()}
+        self.order: list[str] = []
+
+    def call(self, name: str) -> measure.Call:
+        return lambda: self.order.append(name)
+
+    def sample(self, call: measure.Call, repeats: int) -> float:
+        for _ in range(repeats):
+            call()
+        values = self.left[self.order[-1]]
+        return values.pop(0) if len(values) > 1 else values[0]
+
+
+def test_contenders_take_turns_and_the_median_counts() -> None:
+    clock = FakeClock(a=[0.1, 0.9, 0.2], b=[0.3, 0.4, 5.0])
+    timings = measure.interleaved(
+        {"a": clock.call("a"), "b": clock.call("b")},
+        seconds=0.0,
+        min_rounds=3,
+        sample=clock.sample,
+        warmup_seconds=0.0,
+    )
+    assert clock.order == ["a", "b"] * 3
+    assert timings["a"] == measure.Timing(0.2, pytest.approx(0.15), pytest.approx(0.55), 3)
+    assert timings["b"].median == 0.4
+
+
+def test_a_fast_contender_is_sampled_more_often_in_its_turn() -> None:
+    clock = FakeClock(fast=[1e-4], slow=[0.5])
+    timings = measure.interleaved(
+        {"fast": clock.call("fast"), "slow": clock.call("slow")},
+        seconds=0.0,
+        min_rounds=1,
+        sample=clock.sample,
+        warmup_seconds=1e-3,
+    )
+    samples = round(measure.TURN_SECONDS / measure.SAMPLE_SECONDS)
+    assert timings["fast"].samples == pytest.approx(samples, abs=1)
+    assert timings["slow"].samples == 1
+    # Ten warm-up calls of 0.1 ms, then ten calls within each sample of 1 ms.
+    assert clock.order.count("fast") == 10 + 10 * timings["fast"].samples
+
+
+def test_rounds_go_on_until_the_time_is_spent() -> None:
+    clock = FakeClock(a=[0.1])
+    timings = measure.interleaved(
+        {"a": clock.call("a")}, seconds=1.05, sample=clock.sample, warmup_seconds=0.0
+    )
+    assert timings["a"].samples == 11
+
+
+def test_no_round_is_an_error() -> None:
+    with pytest.raises(ValueError, match="min_rounds is 0"):
+        measure.interleaved({}, seconds=1.0, min_rounds=0)
+
+
+def test_wall_clock_waits_for_the_device() -> None:
+    order: list[str] = []
+    sample = measure.wall_clock(lambda: order.append("wait"))
+    assert sample(lambda: order.append("call"), 2) > 0
+    assert order == ["wait", "call", "call", "wait"]
+
+
+class FakeEvent:
+    """A CUDA event on a clock that the timed calls move on."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = FakeEvent.now
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return end.time - self.time
+
+
+def test_events_time_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+
+    def call() -> None:
+        FakeEvent.now += 3.0  # milliseconds
+
+    sample = measure.sampler_for(torch.device("cuda"))
+    assert sample(call, 4) == pytest.approx(3e-3)
+
+
+def test_inputs_rotate_through_more_than_the_l2(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = types.SimpleNamespace(L2_cache_size=50 * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    for size in (1000, 2**20, 2**30):
+        copies = measure.copies_beyond_cache(size, torch.device("cuda"))
+        assert copies >= 2 and copies * size >= 2 * properties.L2_cache_size
+    assert measure.copies_beyond_cache(1000, CPU) == 1
+    seen: list[int] = []
+    call = measure.rotated(seen.append, [1, 2, 3])
+    for _ in range(4):
+        call()
+    assert seen == [1, 2, 3, 1]
+
+
+def test_check_refuses_wrong_results() -> None:
+    oracle = torch.linspace(-2, 2, 50, dtype=torch.float64)
+    right = oracle.float()
+    assert measure.check("right", [right], [oracle]) < 1e-6
+    for wrong in (right * 1.01, right.masked_fill(oracle > 1.9, float("nan")), right[:-1]):
+        with pytest.raises(measure.WrongResultError, match="wrong one: result 0"):
+            measure.check("wrong one", [wrong], [oracle])
+
+
+def test_check_allows_twice_the_error_of_plain_pytorch() -> None:
+    oracle = torch.ones(4, dtype=torch.float64)
+    plain = (oracle * (1 + 1e-2)).bfloat16()
+    error = measure.check("plain", [plain], [oracle])
+    assert measure.check("twice", [(oracle + 2 * error).bfloat16()], [oracle], [plain]) > error
+    with pytest.raises(measure.WrongResultError, match="at most"):
+        measure.check("four times", [(oracle + 4 * error).bfloat16()], [oracle], [plain])
+
+
+@pytest.mark.parametrize("exponent", [1.0, 2.0])
+def test_fit_recovers_the_exponent_of_the_largest_tokens(exponent: float) -> None:
+    tokens = [2**power for power in range(6, 15)]
+    overhead = [1e-3 if n < 1024 else 0.0 for n in tokens]  # small N are flat and must not count
+    seconds = [1e-7 * n**exponent + extra for n, extra in zip(tokens, overhead, strict=True)]
+    assert token_sweep.fit_exponent(tokens, seconds) == pytest.approx(exponent)
+
+
+def test_fit_needs_three_points() -> None:
+    assert token_sweep.fit_exponent([64, 128], [1.0, 2.0]) is None
+    assert token_sweep.fit_exponent([1, 2, 1024, 2048], [1.0, 1.0, 1.0, 1.0]) is None
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_every_contender_matches_its_oracle(name: str, mode: str) -> None:
+    contender = CONTENDERS[name]
+    weights = contender.family.weights(128).to(CPU, torch.float32)
+    x = registry.draw_tokens(2, 100, 128, CPU, torch.float32)
+    module = contender.build(weights).train(mode == "training")
+    expected = registry.expected_results(contender.family, weights, x, mode=mode)
+    with torch.compiler.set_stance("force_eager"):  # compiling takes half a minute
+        assert registry.verify(contender, module, x, expected, mode=mode) < 1e-5
+
+
+def test_the_families_differ() -> None:
+    x = registry.draw_tokens(1, 20, 64, CPU, torch.float32)
+    attention = CONTENDERS["sdpa_block"]
+    weights = registry.SEPARABLE.weights(64).to(CPU, torch.float32)
+    expected = registry.expected_results(registry.SEPARABLE, weights, x, mode="forward")
+    module = attention.build(registry.ATTENTION.weights(64).to(CPU, torch.float32))
+    with pytest.raises(measure.WrongResultError):
+        registry.verify(attention, module, x, expected, mode="forward")
+
+
+class WrongLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return 2 * x
+
+
+def test_a_wrong_contender_is_refused_and_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = WrongLayer()
+    monkeypatch.setitem(
+        CONTENDERS,
+        "sdpa_block",
+        dataclasses.replace(CONTENDERS["sdpa_block"], build=lambda weights: wrong),
+    )
+    settings = token_sweep.Settings(
+        dim=16, tokens=(8, 16), contenders=("sdpa_block", OURS), seconds=0.0
+    )
+    sweep = token_sweep.Sweep(settings)
+    sweep.run()
+    rows = [row for row in sweep.rows if row["contender"] == "sdpa_block"]
+    assert len(rows) == 2 * len(MODES)
+    for row in rows:
+        assert row["status"].startswith("refused: scaled_dot_product_attention block: result 0")
+        assert row["milliseconds"] is None
+        assert row["samples"] == 0
+    assert wrong.calls == len(MODES)  # the check at the first N, and nothing after it
+    assert all(row["samples"] > 0 for row in sweep.rows if row["contender"] == OURS)
+
+
+def test_a_contender_stops_before_a_call_over_the_limit() -> None:
+    settings = token_sweep.Settings(
+        dim=16, tokens=(8, 16), contenders=("sdpa_block", OURS), seconds=0.0, call_limit=1e-9
+    )
+    sweep = token_sweep.Sweep(settings)
+    sweep.run()
+    by_tokens = {row["tokens"]: row for row in sweep.rows if row["contender"] == OURS}
+    assert by_tokens[8]["status"] == "timed"
+    assert by_tokens[16]["status"].startswith("stopped: a call at N = 16 would take about")
+
+
+def test_a_contender_stops_before_its_memory_limit() -> None:
+    quadratic, linear = CONTENDERS["multihead_attention"], CONTENDERS[OURS]
+    sizes = [
+        (c.peak_bytes(1, n, 64, "cpu", 4), n) for c in (quadratic, linear) for n in (2**12, 2**13)
+    ]
+    assert sizes[1][0] / sizes[0][0] > 3
+    assert sizes[3][0] / sizes[2][0] == 2
+    settings = token_sweep.Settings(
+        dim=16, tokens=(8,), contenders=(OURS,), seconds=0.0, memory_limit=1024
+    )
+    sweep = token_sweep.Sweep(settings)
+    sweep.run()
+    assert sweep.rows[0]["status"].startswith("stopped: a call at N = 8 may take")
+
+
+def test_token_sweep_writes_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["multihead_attention", "sdpa_block", "literal_eager", OURS]
+    arguments = ["--out", str(tmp_path), "--dim", "16", "--seconds", "0.01", "--threads", "1"]
+    arguments += ["--tokens", "16", "32", "64", "--contenders", *names]
+    assert token_sweep.main(arguments) == 0
+
+    result = json.loads((tmp_path / "token_sweep.json").read_text())
+    assert {"commit", "date", "cpu", "torch", "backend"} <= result["environment"].keys()
+    assert len(result["rows"]) == 3 * len(MODES) * (len(names) + 1)
+    for mode in MODES:
+        assert set(result["exponents"][mode]) == {*names, "floor"}
+    ours = [row for row in result["rows"] if row["contender"] == OURS]
+    assert all(row["times_sep_attn"] == 1.0 and row["error"] < 1e-5 for row in ours)
+
+    with (tmp_path / "token_sweep.csv").open() as file:
+        lines = file.readlines()
+    header = [line for line in lines if line.startswith("# ")]
+    assert any(line.startswith("# torch: ") for line in header)
+    assert len(list(csv.DictReader(lines[len(header) :]))) == len(result["rows"])
+
+    picture = (tmp_path / "token_sweep.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+    assert "exponent" in capsys.readouterr().out
+
+    again = tmp_path / "again.png"
+    assert plots.main([str(tmp_path / "token_sweep.json"), str(again)]) == 0
+    assert again.stat().st_size > 10_000
+
+
+def test_token_sweep_against_the_rates_of_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "copies_beyond_cache", lambda size, device: 3)
+    settings = token_sweep.Settings(
+        dim=16, tokens=(8, 16, 32), contenders=("timm_eager", OURS), seconds=0.0
+    )
+    sweep = token_sweep.Sweep(settings)
+    sweep.rates = ceilings.GpuRates(flops=1e9, bandwidth=1e12)
+    sweep.run(directory=tmp_path)
+    floors = [r for r in sweep.rows if r["contender"] == "floor" and r["mode"] == "forward"]
+    expected = [4 * n * 16**2 / 1e6 for n in (8, 16, 32)]
+    assert [row["milliseconds"] for row in floors] == pytest.approx(expected)
+    for row in sweep.rows:
+        assert row["status"] == "timed"
+        assert row["times_floor"] == pytest.approx(
+            1.0 if row["contender"] == "floor" else row["milliseconds"] / _floor_of(row, sweep)
+        )
+    plots.token_sweep(sweep.result(), tmp_path / "token_sweep.png")
+
+
+def _floor_of(row: dict[str, Any], sweep: token_sweep.Sweep) -> float:
+    key = (row["mode"], row["tokens"], "floor")
+    rows = {(r["mode"], r["tokens"], r["contender"]): r["milliseconds"] for r in sweep.rows}
+    return rows[key]
+
+
+def test_token_sweep_ends_in_time(tmp_path: Path) -> None:
+    arguments = ["--out", str(tmp_path), "--tokens", "16", "--time-limit", "0"]
+    assert token_sweep.main([*arguments, "--contenders", OURS, "--threads", "1"]) == 0
+    rows = json.loads((tmp_path / "token_sweep.json").read_text())["rows"]
+    assert {row["status"] for row in rows} == {"left out: the sweep's 0 s were over"}
+    assert not (tmp_path / "token_sweep.png").exists()
+
+
+def test_layer_table_row() -> None:
+    with measure.threads(1):
+        row = layer_table.measure_shape(registry.LAYER_SHAPES[0], seconds=0.01)
+    assert (row["slices"], row["tokens"], row["dim"], row["threads"]) == (4, 16, 256, 1)
+    assert row["timm / prototype"], (
+        row["prototype / products"] == layer_table.PROTOTYPE[registry.LAYER_SHAPES[0]][1]
+    )
+    assert row["timm / sep_attn"] > 0 and row["sep_attn / products"] > 0
+    assert row["status"] == "timed"
+
+
+def test_layer_table_refuses_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = WrongLayer()
+    monkeypatch.setitem(
+        CONTENDERS, OURS, dataclasses.replace(CONTENDERS[OURS], build=lambda weights: wrong)
+    )
+    row = layer_table.measure_shape(registry.LAYER_SHAPES[0], seconds=0.01)
+    assert row["status"].startswith("refused: sep_attn tokens: result 0")
+    assert row["timm ms"] is None and row["sep_attn / products"] is None
+    assert wrong.calls == 1
+
+
+def test_floors() -> None:
+    x = registry.draw_tokens(2, 8, 16, CPU, torch.float32)
+    for mode in MODES:
+        ceilings.cpu_products(x, mode=mode)()
+    rates = ceilings.GpuRates(flops=1e12, bandwidth=1e9)
+    assert ceilings.gpu_floor(rates, 1, 10, 4, 2, mode="forward") == 2 * 10 * 4 * 2 / 1e9
+    rates = ceilings.GpuRates(flops=1e3, bandwidth=1e9)
+    assert ceilings.gpu_floor(rates, 1, 10, 4, 2, mode="training") == 12 * 10 * 4**2 / 1e3
+
+
+def test_environment_names_the_machine() -> None:
+    described = environment.describe()
+    assert described["torch"] == torch.__version__
+    assert described["threads"] == torch.get_num_threads()
+    assert described["gpu"] is None
+    assert all(described[key] for key in ("cpu", "cores", "python", "date", "sep_attn"))
+    assert str(described["cpu"]) in environment.machine_line(described)
+    json.dumps(described)
+
+
+def test_report_of_no_rows(tmp_path: Path) -> None:
+    report.write_csv(tmp_path / "empty.csv", [], {"torch": "2"})
+    assert (tmp_path / "empty.csv").read_text() == "# torch: 2\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_gpu_refuses_without_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="needs a GPU that torch can use"):
+        gpu.main(["--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="torch finds no GPU here"):
+        token_sweep.main(["--out", str(tmp_path / "out"), "--device", "cuda"])
+
+
+def test_gpu_steps_fail_and_end_on_their_own(tmp_path: Path) -> None:
+    sleep = "import subprocess; subprocess.run(['sleep', '60'])"
+    todo = [
+        gpu.Step("good", ("-c", "print('all is well')"), 30),
+        gpu.Step("bad", ("-c", "raise SystemExit('what went wrong')"), 30),
+        gpu.Step("long", ("-c", sleep), 1),
+        gpu.Step("last", ("-c", "import os; print('TRITON_INTERPRET' in os.environ)"), 30),
+    ]
+    said: list[str] = []
+    outcomes = gpu.run(todo, tmp_path, time_limit=100, say=said.append)
+    statuses = [outcome.status for outcome in outcomes]
+    assert statuses == ["passed", "failed (exit 1)", "out of time", "passed"]
+    assert any("what went wrong" in line for line in said)
+    assert outcomes[2].seconds < 20
+    log = (tmp_path / "log.txt").read_text()
+    assert "all is well" in log and log.rstrip().endswith("False")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [step["status"] for step in summary["steps"]] == statuses
+    assert summary["environment"]["torch"] == torch.__version__
+
+
+def test_gpu_leaves_out_what_no_time_is_left_for(tmp_path: Path) -> None:
+    outcomes = gpu.run([gpu.Step("any", ("-c", ""), 30)], tmp_path, time_limit=1, say=print)
+    assert outcomes[0].status == "left out: no time was left"
+
+
+def test_gpu_steps_are_in_order_and_in_time(tmp_path: Path) -> None:
+    names = [step.name for step in gpu.steps(tmp_path)]
+    assert names == ["build", "describe", "tests", "token_sweep", "microbench"]
+    assert gpu.TIME_LIMIT < 9 * 60
+    for test_file in gpu.TESTS:
+        assert (environment.REPOSITORY / test_file).exists()
+
+
+def test_microbenchmarks_are_right() -> None:
+    """Runs the microbenchmarks of one shape untimed; each compares its kernel with float64."""
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-disable"]
+    process = subprocess.run(
+        [*command, "-k", "4x256x128", "-p", "no:cacheprovider", "-p", "no:xdist"],
+        cwd=environment.REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout[-3000:]
+    assert "passed" in process.stdout

@@ -1,0 +1,246 @@
+"""The operators: pool and gate against float64, and what PyTorch asks of an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracle import distance
+from test_layer import backend_or_skip, device_of
+from torch import Tensor
+
+from sep_attn import functional, ops, reference
+
+BACKENDS = ["native", "triton"]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def operator(name: str, backend: str) -> Any:
+    return getattr(torch.ops.sep_attn, f"{name}_{backend}").default
+
+
+def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    leaves = [value.detach().requires_grad_() for value in inputs]
+    result = function(*leaves)
+    direction = torch.linspace(-1, 1, result.numel(), dtype=torch.float64).view(result.shape)
+    loss = (result * direction.to(result)).sum()
+    return [result.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def assert_close_to_oracle(
+    function: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor
+) -> None:
+    oracle = gradients(plain, *(value.double() for value in inputs))
+    in_dtype = gradients(plain, *inputs)
+    for result, expected, baseline in zip(
+        gradients(function, *inputs), oracle, in_dtype, strict=True
+    ):
+        assert result.dtype == inputs[0].dtype
+        assert distance(result, expected) <= 2 * distance(baseline, expected) + 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(2, 70, 24), (1, 1, 5), (3, 130, 33), (0, 7, 4)])
+def test_context_pool(
+    shape: tuple[int, int, int],
+    masked: bool,
+    dtype: torch.dtype,
+    backend: str,
+    device: torch.device,
+) -> None:
+    device = device_of(backend, device)
+    backend_or_skip(backend, device, dtype)
+    x = torch.randn(shape, device=device).to(dtype)
+    scores = (3 * torch.randn(shape[:2], device=device)).to(dtype)
+    mask = torch.rand(shape[:2], device=device) < 0.5 if masked else None
+    if mask is not None and shape[0] > 1:
+        mask[0] = True
+    assert_close_to_oracle(
+        lambda x, s: functional.context_pool(x, s, key_padding_mask=mask, backend=backend),
+        lambda x, s: reference.context_pool(x, s, key_padding_mask=mask),
+        x,
+        scores,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ["relu", "identity"])
+@pytest.mark.parametrize("shape", [(2, 70, 24), (1, 1, 5), (3, 130, 33), (0, 7, 4)])
+def test_gate(
+    shape: tuple[int, int, int],
+    act: str,
+    dtype: torch.dtype,
+    backend: str,
+    device: torch.device,
+) -> None:
+    device = device_of(backend, device)
+    backend_or_skip(backend, device, dtype)
+    v = torch.randn(shape, device=device).to(dtype)
+    context = torch.randn(shape[0], shape[2], device=device).to(dtype)
+    assert_close_to_oracle(
+        lambda v, c: functional.gate(v, c, act=act, backend=backend),
+        lambda v, c: reference.gate(v, c, act=act),
+        v,
+        context,
+    )
+
+
+def pool_arguments(device: torch.device, grad: bool = True) -> tuple[Any, ...]:
+    x = torch.randn(1, 3, 4, 6, device=device, requires_grad=grad)
+    scores = torch.randn(1, 4, 6, device=device, requires_grad=grad)
+    mask = torch.rand(1, 4, 6, device=device) < 0.3
+    scale = reference.dropout_scale(x.detach(), 0.2)
+    return x, scores, mask, scale, 2, 2
+
+
+def gate_arguments(device: torch.device, grad: bool = True) -> tuple[Any, ...]:
+    v = torch.randn(2, 9, 5, device=device, requires_grad=grad)
+    context = torch.randn(2, 5, device=device, requires_grad=grad)
+    return v, context, "relu", 1, 1
+
+
+def layer_arguments(device: torch.device, grad: bool = True) -> tuple[Any, ...]:
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, requires_grad=grad)
+
+    x, x_prev = leaf(2, 6, 4, 10), leaf(2, 6, 4, 8)
+    mask = torch.rand(2, 4, 8, device=device) < 0.3
+    scale = reference.dropout_scale(x_prev.detach(), 0.2)
+    weights = leaf(13, 6), leaf(13), leaf(6, 6), leaf(6)
+    return x, x_prev, *weights, mask, scale, "relu", 4, 1
+
+
+FORWARDS = [
+    ("context_pool", "native", pool_arguments),
+    ("context_pool", "triton", pool_arguments),
+    ("gate", "native", gate_arguments),
+    ("gate", "triton", gate_arguments),
+    ("separable_attention", "native", layer_arguments),
+]
+
+
+@pytest.mark.parametrize("name, backend, arguments", FORWARDS)
+def test_opcheck(
+    name: str, backend: str, arguments: Callable[..., tuple[Any, ...]], device: torch.device
+) -> None:
+    device = device_of(backend, device)
+    backend_or_skip(backend, device, torch.float32)
+    torch.library.opcheck(operator(name, backend), arguments(device))
+    torch.library.opcheck(operator(name, backend), arguments(device, grad=False))
+
+
+def test_opcheck_of_inference() -> None:
+    backend_or_skip("native", torch.device("cpu"), torch.float32)
+    arguments = layer_arguments(torch.device("cpu"), grad=False)
+    inference = operator("separable_attention_inference", "native")
+    torch.library.opcheck(inference, arguments)
+    assert torch.equal(
+        inference(*arguments), operator("separable_attention", "native")(*arguments)[0]
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_the_backwards(backend: str, device: torch.device) -> None:
+    device = device_of(backend, device)
+    backend_or_skip(backend, device, torch.float32)
+    x, scores, mask, scale, patch_h, patch_w = pool_arguments(device, grad=False)
+    pooled, weight_sum, weights = operator("context_pool", backend)(
+        x, scores, mask, scale, patch_h, patch_w
+    )
+    torch.library.opcheck(
+        operator("context_pool_backward", backend),
+        (
+            torch.randn_like(pooled),
+            torch.randn_like(weight_sum),
+            torch.randn_like(weights),
+            x,
+            pooled,
+            weight_sum,
+            weights,
+            scale,
+            patch_h,
+            patch_w,
+        ),
+    )
+    v, context, *layout = gate_arguments(device, grad=False)
+    torch.library.opcheck(
+        operator("gate_backward", backend), (torch.randn_like(v), v, context, *layout)
+    )
+
+
+@pytest.mark.parametrize("need_input_grad", [False, True])
+@pytest.mark.parametrize("need_weight_grad", [False, True])
+@pytest.mark.parametrize("cross", [False, True])
+def test_opcheck_of_the_layers_backward(
+    cross: bool, need_weight_grad: bool, need_input_grad: bool
+) -> None:
+    backend_or_skip("native", torch.device("cpu"), torch.float32)
+    arguments = list(layer_arguments(torch.device("cpu"), grad=False))
+    if not cross:
+        arguments[1] = arguments[6] = arguments[7] = None
+    x, x_prev, qkv_weight, qkv_bias, out_weight, _, _, scale, *layout = arguments
+    out, weights, statistics = operator("separable_attention", "native")(*arguments)
+    torch.library.opcheck(
+        operator("separable_attention_backward", "native"),
+        (
+            torch.randn_like(out),
+            torch.randn_like(weights),
+            x,
+            x_prev,
+            qkv_weight,
+            qkv_bias,
+            out_weight,
+            scale,
+            weights,
+            statistics,
+            *layout,
+            need_input_grad,
+            need_weight_grad,
+        ),
+    )
+
+
+@pytest.mark.parametrize("name, backend, arguments", FORWARDS)
+def test_gradcheck(
+    name: str, backend: str, arguments: Callable[..., tuple[Any, ...]], device: torch.device
+) -> None:
+    device = device_of(backend, device)
+    backend_or_skip(backend, device, torch.float64)
+    inputs = [
+        value.detach().double().requires_grad_(value.requires_grad)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for value in arguments(device)
+    ]
+    # The statistics of the layer are no differentiable output.
+    kept = {"context_pool": 3, "gate": 1, "separable_attention": 2}[name]
+
+    def function(*leaves: Any) -> Any:
+        result = operator(name, backend)(*leaves)
+        return result[:kept] if isinstance(result, (tuple, list)) else result
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_derivative_is_refused(backend: str, device: torch.device) -> None:
+    device = device_of(backend, device)
+    backend_or_skip(backend, device, torch.float32)
+    v = torch.randn(2, 5, 4, device=device, requires_grad=True)
+    context = torch.randn(2, 4, device=device, requires_grad=True)
+    y = functional.gate(v, context, backend=backend)
+    (grad,) = torch.autograd.grad(y.square().sum(), v, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        grad.sum().backward()
+
+
+def test_every_operator_has_a_schema_in_one_place() -> None:
+    names = {name for name in dir(torch.ops.sep_attn) if name.endswith(("_native", "_triton"))}
+    for name in names:
+        assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.sep_attn, name).default.tags
+    assert callable(ops.context_pool)
