@@ -73,15 +73,12 @@ class CMakeBuild(build_ext):
         check_python_headers()
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         module = Path(self.get_ext_fullpath(extension.name)).resolve()
-        folder = (Path(self.build_temp) / "cmake").resolve()
-        tools = [
+        folder = self.cmake_folder()
+        self.forget_other_tools(folder, [sys.prefix, cmake, ninja, os.environ.get("CXX", "")])
+        configure = [
             *(cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}",
-        ]
-        self.forget_other_tools(folder, tools)
-        configure = [
-            *tools,
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
         ]
@@ -95,6 +92,13 @@ class CMakeBuild(build_ext):
                     f"{' '.join(command)}); the cause is above. {SKIP_HINT}"
                 ) from error
 
+    def cmake_folder(self) -> Path:
+        """Where the objects are kept: an editable install, too, builds where the others do."""
+        temp = Path(self.build_temp)
+        if self.editable_mode:
+            temp = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
+        return temp.resolve() / "sep_attn-native"
+
     @staticmethod
     def forget_other_tools(folder: Path, tools: list[str]) -> None:
         """Empties the build folder when another Python, CMake, Ninja or compiler made it.
@@ -102,7 +106,7 @@ class CMakeBuild(build_ext):
         A cache that names the deleted tools of an isolated build cannot be configured again.
         """
         record = folder / "configured-by"
-        described = "\n".join([*tools, os.environ.get("CXX", "")])
+        described = "\n".join(tools)
         if folder.exists() and not (record.exists() and record.read_text() == described):
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,14 @@ ACTIVATIONS = ("relu", "identity")
 BACKENDS = ("auto", "native", "triton", "reference")
 
 
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on; a device that has no autocast, such as meta, counts as off."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
