@@ -34,11 +34,17 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def nan_in_uninitialized_memory() -> Iterator[None]:
-    """torch.empty gives NaN, from C++ too: an output that a kernel leaves unwritten shows."""
+    """torch.empty gives NaN, and so do the native results: one left unwritten by a kernel shows."""
+    from sep_attn import native
+
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    if native.unavailable_reason() is None:
+        native.poison_results(True)
     yield
     torch.use_deterministic_algorithms(False)
+    if native.unavailable_reason() is None:
+        native.poison_results(False)
 
 
 @pytest.fixture(autouse=True)
