@@ -296,6 +296,13 @@ _SEPARABLE_ATTENTION_BACKWARD = (
     " Tensor grad_qkv_bias, Tensor grad_out_weight, Tensor grad_out_bias)"
 )
 
+_POOL_AND_GATE = ("context_pool", "context_pool_backward", "gate", "gate_backward")
+_LAYER = (
+    "separable_attention",
+    "separable_attention_inference",
+    "separable_attention_backward",
+)
+
 for _backend in ("native", "triton"):
     _define(f"context_pool_{_backend}", _CONTEXT_POOL, _context_pool_fake)
     _define(
@@ -333,8 +340,18 @@ _serve_with_triton("gate_triton", triton_kernels.gate)
 _serve_with_triton("gate_backward_triton", triton_kernels.gate_backward)
 
 
+_OPERATORS = {
+    (name, backend): getattr(torch.ops.sep_attn, f"{name}_{backend}").default
+    for backend, names in (
+        ("native", (*_POOL_AND_GATE, *_LAYER)),
+        ("triton", _POOL_AND_GATE),
+    )
+    for name in names
+}
+
+
 def _operator(name: str, backend: str) -> Any:
-    return getattr(torch.ops.sep_attn, f"{name}_{backend}").default
+    return _OPERATORS[name, backend]
 
 
 def context_pool(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
