@@ -11,6 +11,8 @@ from torch import Tensor
 from sep_attn import reference
 from sep_attn.layout import token_shape
 
+FEW_VALUES = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -141,13 +143,14 @@ def run(
 def distance(result: Tensor, oracle: Tensor) -> float:
     """How far a result lies from the oracle, in units of the oracle where that is above 1.
 
-    The largest difference counts in float32 and float64. In half precision a single value's luck
-    with its roundings would decide, so there the root mean square counts.
+    The largest difference counts. In half precision, where the largest of a few values is a matter
+    of luck with their last rounding, the root mean square counts for fewer than FEW_VALUES.
     """
     if oracle.numel() == 0:
         return 0.0
     difference = result.double() - oracle
-    if result.dtype in (torch.float16, torch.bfloat16):
+    in_half = result.dtype in (torch.float16, torch.bfloat16)
+    if in_half and oracle.numel() < FEW_VALUES:
         scale = max(1.0, oracle.square().mean().sqrt().item())
         return difference.square().mean().sqrt().item() / scale
     return difference.abs().max().item() / max(1.0, oracle.abs().max().item())
