@@ -446,11 +446,16 @@ Tensor run_attention(AttentionForward& arguments, const Tensor& x) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> separable_attention(
+// Whether the forward pass keeps the values for the backward pass, which else computes them again.
+bool keeps_values(DType dtype, int64_t channels) {
+  return dtype == accumulation(dtype) && channels % 16 == 0;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> separable_attention(
     const Tensor& x, const OptionalTensor& x_prev, const Tensor& qkv_weight,
     const OptionalTensor& qkv_bias, const Tensor& out_weight, const OptionalTensor& out_bias,
     const OptionalTensor& key_padding_mask, const OptionalTensor& dropout_scale,
-    Activation activation, int64_t patch_h, int64_t patch_w) {
+    Activation activation, int64_t patch_h, int64_t patch_w, bool for_backward) {
   AttentionForward arguments =
       attention_arguments(x, x_prev, qkv_weight, qkv_bias, out_weight, out_bias, key_padding_mask,
                           dropout_scale, activation, patch_h, patch_w);
@@ -458,10 +463,13 @@ std::tuple<Tensor, Tensor, Tensor> separable_attention(
   const TokenGrid& grid = arguments.grid;
   Tensor weights = new_tokens(x_prev.has_value() ? *x_prev : x, arguments.prev_grid, acc);
   Tensor statistics = new_tensor<2>({grid.slices(), 2 * grid.channels + 1}, acc);
+  const bool keep = for_backward && keeps_values(arguments.dtype, grid.channels);
+  Tensor values = keep ? new_tensor<2>({token_count(grid), grid.channels}, acc) : absent(acc);
+  if (keep) arguments.values = values.mutable_data_ptr();
   arguments.weights = weights.mutable_data_ptr();
   arguments.statistics = statistics.mutable_data_ptr();
   Tensor out = run_attention(arguments, x);
-  return {std::move(out), std::move(weights), std::move(statistics)};
+  return {std::move(out), std::move(weights), std::move(statistics), std::move(values)};
 }
 
 Tensor separable_attention_inference(const Tensor& x, const OptionalTensor& x_prev,
@@ -500,9 +508,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_attention_g
     const Tensor& grad_out, const OptionalTensor& grad_weights, const Tensor& x,
     const OptionalTensor& x_prev, const Tensor& qkv_weight, const OptionalTensor& qkv_bias,
     const Tensor& out_weight, const OptionalTensor& dropout_scale, const Tensor& weights,
-    const Tensor& statistics, Activation activation, int64_t patch_h, int64_t patch_w,
-    bool need_input_grad, bool need_weight_grad) {
-  AttentionBackward arguments;
+    const Tensor& statistics, const Tensor& values, Activation activation, int64_t patch_h,
+    int64_t patch_w, bool need_input_grad, bool need_weight_grad) {
+  AttentionBackward arguments{};
   const Tensor& keys = x_prev.has_value() ? *x_prev : x;
   const DType dtype = dtype_of(x, "x");
   const DType acc = accumulation(dtype);
@@ -546,6 +554,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_attention_g
   arguments.dropout_scale = token_values(dropout_scale, prev_grid, acc, "dropout_scale");
   arguments.weights = saved(weights, acc, token_count(prev_grid), "weights");
   arguments.statistics = saved(statistics, acc, grid.slices() * (2 * channels + 1), "statistics");
+  if (values.dim() == 2) {
+    arguments.values = saved(values, acc, token_count(grid) * channels, "values");
+  }
   arguments.activation = activation;
   arguments.grad_x = wanted(need_input_grad, grad_x);
   arguments.grad_x_prev = wanted(need_prev_grad, grad_x_prev);

@@ -133,8 +133,8 @@ def separable_attention(
         )
         if chosen == "triton":
             out, weights = _pooled_form(*arguments)
-        elif need_weights or _differentiated(arguments[:6]):
-            out, weights, _ = ops.separable_attention("native", *arguments)
+        elif (differentiated := _differentiated(arguments[:6])) or need_weights:
+            out, weights, *_ = ops.separable_attention("native", *arguments, differentiated)
         else:
             return ops.separable_attention_inference("native", *arguments)
         return (out, weights.to(x.dtype)) if need_weights else out

@@ -11,7 +11,8 @@ and *acc* is the accumulation dtype, float32, or float64 for float64.
 ``context_pool``      ``pooled [S, D] acc``, ``weight_sum [S] acc``, ``weights tokens acc``
 ``gate``              ``act(v) * context[slice]``
 ``separable_attention`` ``out``, ``weights tokens acc``, ``statistics [S, 2 D + 1] acc``: pooled
-                      input, context and weight sum of each slice; ``_inference``: ``out``;
+                      input, context and weight sum of each slice; ``values [tokens, D]``, or
+                      empty (``for_backward``); ``_inference``: ``out``;
                       ``_packed``: ``out``, with packed weights kept in the caller's memory
 ==================== ===============================================================================
 """
@@ -175,9 +176,25 @@ def _separable_attention_fake(
     act: str,
     patch_h: int,
     patch_w: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     statistics = _per_slice(x, patch_h, patch_w, 2 * num_channels(x) + 1)
-    return torch.empty_like(x), _per_token(x if x_prev is None else x_prev), statistics
+    weights = _per_token(x if x_prev is None else x_prev)
+    values = weights.new_empty(0)
+    if for_backward and _keeps_values(x):
+        tokens = x.numel() // num_channels(x)
+        values = weights.new_empty((tokens, num_channels(x)))
+    return torch.empty_like(x), weights, statistics, values
+
+
+def _keeps_values(x: Tensor) -> bool:
+    """Whether the C++ forward pass keeps act's argument, ``N D`` values, for the backward pass.
+
+    Reading it back is faster than its product at every size measured, D = 64 to 768; in half
+    precision it would be rounded, and a ragged D does not fill the kernels' vectors: both compute
+    it again.
+    """
+    return accumulate_dtype(x.dtype) == x.dtype and num_channels(x) % 16 == 0
 
 
 def _separable_attention_inference_fake(x: Tensor, *arguments: Any) -> Tensor:
@@ -199,6 +216,7 @@ def _separable_attention_backward_fake(
     dropout_scale: Tensor | None,
     weights: Tensor,
     statistics: Tensor,
+    values: Tensor,
     act: str,
     patch_h: int,
     patch_w: int,
@@ -224,22 +242,20 @@ def _separable_attention_setup(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 ) -> None:
     x, x_prev, qkv_weight, qkv_bias, out_weight, _, _, dropout_scale = inputs[:8]
-    ctx.act, ctx.patch_h, ctx.patch_w = inputs[8:]
-    _, weights, statistics = output
+    ctx.act, ctx.patch_h, ctx.patch_w = inputs[8:11]
+    _, weights, statistics, values = output
     ctx.save_for_backward(
-        x, x_prev, qkv_weight, qkv_bias, out_weight, dropout_scale, weights, statistics
+        x, x_prev, qkv_weight, qkv_bias, out_weight, dropout_scale, weights, statistics, values
     )
-    ctx.mark_non_differentiable(statistics)
+    ctx.mark_non_differentiable(statistics, values)
     ctx.set_materialize_grads(False)
 
 
 def _separable_attention_formula(backend: str) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(
-        ctx: Any, grad_out: Tensor | None, grad_weights: Tensor | None, _: Tensor | None
+        ctx: Any, grad_out: Tensor | None, grad_weights: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, x_prev, qkv_weight, qkv_bias, out_weight, dropout_scale, weights, statistics = (
-            ctx.saved_tensors
-        )
+        x, x_prev, qkv_weight, qkv_bias, out_weight, dropout_scale, *results = ctx.saved_tensors
         if grad_out is None:
             grad_out = x.new_zeros(()).expand_as(x)
         needed = ctx.needs_input_grad[:6]
@@ -252,8 +268,7 @@ def _separable_attention_formula(backend: str) -> Callable[..., tuple[Tensor | N
             qkv_bias,
             out_weight,
             dropout_scale,
-            weights,
-            statistics,
+            *results,
             ctx.act,
             ctx.patch_h,
             ctx.patch_w,
@@ -263,7 +278,7 @@ def _separable_attention_formula(backend: str) -> Callable[..., tuple[Tensor | N
         wanted: Sequence[Tensor | None] = [
             grad if need else None for grad, need in zip(grads, needed, strict=True)
         ]
-        return *wanted, None, None, None, None, None
+        return *wanted, None, None, None, None, None, None
 
     return backward
 
@@ -285,14 +300,15 @@ _GATE_BACKWARD = (
     " -> (Tensor grad_v, Tensor grad_context)"
 )
 _SEPARABLE_ATTENTION_ARGUMENTS = (
-    "(Tensor x, Tensor? x_prev, Tensor qkv_weight, Tensor? qkv_bias, Tensor out_weight,"
+    "Tensor x, Tensor? x_prev, Tensor qkv_weight, Tensor? qkv_bias, Tensor out_weight,"
     " Tensor? out_bias, Tensor? key_padding_mask, Tensor? dropout_scale, str act,"
-    " SymInt patch_h, SymInt patch_w)"
+    " SymInt patch_h, SymInt patch_w"
 )
 _SEPARABLE_ATTENTION = (
-    _SEPARABLE_ATTENTION_ARGUMENTS + " -> (Tensor out, Tensor weights, Tensor statistics)"
+    f"({_SEPARABLE_ATTENTION_ARGUMENTS}, bool for_backward)"
+    " -> (Tensor out, Tensor weights, Tensor statistics, Tensor values)"
 )
-_SEPARABLE_ATTENTION_INFERENCE = _SEPARABLE_ATTENTION_ARGUMENTS + " -> Tensor"
+_SEPARABLE_ATTENTION_INFERENCE = f"({_SEPARABLE_ATTENTION_ARGUMENTS}) -> Tensor"
 _SEPARABLE_ATTENTION_PACKED = (
     "(Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor out_weight, Tensor? out_bias,"
     " Tensor(a!) packed_weights, bool relu, int patch_h, int patch_w) -> Tensor"
@@ -300,9 +316,9 @@ _SEPARABLE_ATTENTION_PACKED = (
 _SEPARABLE_ATTENTION_BACKWARD = (
     "(Tensor grad_out, Tensor? grad_weights, Tensor x, Tensor? x_prev, Tensor qkv_weight,"
     " Tensor? qkv_bias, Tensor out_weight, Tensor? dropout_scale, Tensor weights,"
-    " Tensor statistics, str act, SymInt patch_h, SymInt patch_w, bool need_input_grad,"
-    " bool need_weight_grad) -> (Tensor grad_x, Tensor grad_x_prev, Tensor grad_qkv_weight,"
-    " Tensor grad_qkv_bias, Tensor grad_out_weight, Tensor grad_out_bias)"
+    " Tensor statistics, Tensor values, str act, SymInt patch_h, SymInt patch_w,"
+    " bool need_input_grad, bool need_weight_grad) -> (Tensor grad_x, Tensor grad_x_prev,"
+    " Tensor grad_qkv_weight, Tensor grad_qkv_bias, Tensor grad_out_weight, Tensor grad_out_bias)"
 )
 
 _POOL_AND_GATE = ("context_pool", "context_pool_backward", "gate", "gate_backward")
@@ -377,7 +393,7 @@ def gate(backend: str, *args: Any) -> Tensor:
     return _operator("gate", backend)(*args)
 
 
-def separable_attention(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def separable_attention(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _operator("separable_attention", backend)(*args)
 
 

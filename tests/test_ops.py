@@ -11,7 +11,7 @@ from oracle import distance
 from test_layer import backend_or_skip, device_of
 from torch import Tensor
 
-from sep_attn import functional, ops, reference
+from sep_attn import functional, native, ops, reference
 
 BACKENDS = ["native", "triton"]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -104,15 +104,19 @@ def gate_arguments(device: torch.device, grad: bool = True) -> tuple[Any, ...]:
     return v, context, "relu", 1, 1
 
 
-def layer_arguments(device: torch.device, grad: bool = True) -> tuple[Any, ...]:
+def layer_arguments(device: torch.device, grad: bool = True, dim: int = 6) -> tuple[Any, ...]:
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, requires_grad=grad)
 
-    x, x_prev = leaf(2, 6, 4, 10), leaf(2, 6, 4, 8)
+    x, x_prev = leaf(2, dim, 4, 10), leaf(2, dim, 4, 8)
     mask = torch.rand(2, 4, 8, device=device) < 0.3
     scale = reference.dropout_scale(x_prev.detach(), 0.2)
-    weights = leaf(13, 6), leaf(13), leaf(6, 6), leaf(6)
-    return x, x_prev, *weights, mask, scale, "relu", 4, 1
+    weights = leaf(1 + 2 * dim, dim), leaf(1 + 2 * dim), leaf(dim, dim), leaf(dim)
+    return x, x_prev, *weights, mask, scale, "relu", 4, 1, True
+
+
+def layer_arguments_with_kept_values(device: torch.device, grad: bool = True) -> tuple[Any, ...]:
+    return layer_arguments(device, grad, dim=16)
 
 
 FORWARDS = [
@@ -121,6 +125,7 @@ FORWARDS = [
     ("gate", "native", gate_arguments),
     ("gate", "triton", gate_arguments),
     ("separable_attention", "native", layer_arguments),
+    ("separable_attention", "native", layer_arguments_with_kept_values),
 ]
 
 
@@ -138,10 +143,32 @@ def test_opcheck_of_inference() -> None:
     backend_or_skip("native", torch.device("cpu"), torch.float32)
     arguments = layer_arguments(torch.device("cpu"), grad=False)
     inference = operator("separable_attention_inference", "native")
-    torch.library.opcheck(inference, arguments)
+    torch.library.opcheck(inference, arguments[:-1])
     assert torch.equal(
-        inference(*arguments), operator("separable_attention", "native")(*arguments)[0]
+        inference(*arguments[:-1]), operator("separable_attention", "native")(*arguments)[0]
     )
+
+
+def test_opcheck_of_the_packed_form() -> None:
+    backend_or_skip("native", torch.device("cpu"), torch.float32)
+    x, _, *weights = layer_arguments(torch.device("cpu"), grad=False, dim=16)[:6]
+    x = x.flatten(2).mT.repeat(2, 1, 1)
+    memory = torch.zeros(native.packed_weights_bytes(torch.float32, 16), dtype=torch.uint8)
+    # What the memory holds is no result: only the fake and the schema's aliases are checked.
+    torch.library.opcheck(
+        operator("separable_attention_packed", "native"),
+        (x, *weights, memory, True, 0, 0),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+def test_values_are_kept_for_a_backward_pass_only() -> None:
+    backend_or_skip("native", torch.device("cpu"), torch.float32)
+    layer = operator("separable_attention", "native")
+    for dim, for_backward, kept in ((16, True, 1), (16, False, 0), (6, True, 0)):
+        arguments = layer_arguments(torch.device("cpu"), grad=False, dim=dim)
+        values = layer(*arguments[:-1], for_backward)[3]
+        assert values.numel() == kept * arguments[0].numel()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -176,15 +203,16 @@ def test_opcheck_of_the_backwards(backend: str, device: torch.device) -> None:
 @pytest.mark.parametrize("need_input_grad", [False, True])
 @pytest.mark.parametrize("need_weight_grad", [False, True])
 @pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("dim", [6, 16])
 def test_opcheck_of_the_layers_backward(
-    cross: bool, need_weight_grad: bool, need_input_grad: bool
+    dim: int, cross: bool, need_weight_grad: bool, need_input_grad: bool
 ) -> None:
     backend_or_skip("native", torch.device("cpu"), torch.float32)
-    arguments = list(layer_arguments(torch.device("cpu"), grad=False))
+    arguments = list(layer_arguments(torch.device("cpu"), grad=False, dim=dim))
     if not cross:
         arguments[1] = arguments[6] = arguments[7] = None
-    x, x_prev, qkv_weight, qkv_bias, out_weight, _, _, scale, *layout = arguments
-    out, weights, statistics = operator("separable_attention", "native")(*arguments)
+    x, x_prev, qkv_weight, qkv_bias, out_weight, _, _, scale, *layout, _ = arguments
+    out, weights, statistics, values = operator("separable_attention", "native")(*arguments)
     torch.library.opcheck(
         operator("separable_attention_backward", "native"),
         (
@@ -198,6 +226,7 @@ def test_opcheck_of_the_layers_backward(
             scale,
             weights,
             statistics,
+            values,
             *layout,
             need_input_grad,
             need_weight_grad,

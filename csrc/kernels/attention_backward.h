@@ -1,4 +1,5 @@
-// The fused layer, backward: values are computed again, a tile at a time; then the pooling path.
+// The fused layer, backward: the value path a tile at a time, with values kept by the forward pass
+// or computed again; then the pooling path.
 #pragma once
 
 #include <type_traits>
@@ -10,24 +11,27 @@
 #include "scratch.h"
 #include "simd.h"
 #include "tokens.h"
+#include "workers.h"
 
 namespace sep_attn {
 namespace SEP_ATTN_CAPABILITY {
 
-// One tile of the gate's backward pass, for kVectors vectors of channels: reads v and dy, leaves
-// y = act(v) c in place of v and dv = dy c act'(v) in place of dy, and adds up the sums over
-// tokens.
+// One tile of the gate's backward pass, for kVectors vectors of channels: reads v and dy, writes
+// y = act(v) c to y_tile (which may be v) and dv = dy c act'(v) in place of dy, and adds up the
+// sums over tokens.
 template <typename T, Activation kActivation, int kVectors>
-SEP_ATTN_INLINE void gate_backward_strip(int64_t rows, int64_t column, int64_t stride, T* v_tile,
-                                         T* dy_tile, const T* const* context,
-                                         T* const* grad_context, const Rows<const T>& grad_out,
-                                         T* grad_value_bias, T* grad_out_bias) {
+SEP_ATTN_INLINE void gate_backward_strip(int64_t rows, int64_t column, int64_t stride,
+                                         Rows<const T> values, T* y_tile, T* dy_tile,
+                                         const T* const* context, T* const* grad_context,
+                                         const Rows<const T>& grad_out, T* grad_value_bias,
+                                         T* grad_out_bias) {
   constexpr int64_t n = kLanes<T>;
   Vec<T> sum_dv[kVectors], sum_g[kVectors], sum_dc[kVectors];
   SEP_ATTN_UNROLL
   for (int i = 0; i < kVectors; ++i) sum_dv[i] = sum_g[i] = sum_dc[i] = zero<T>();
   for (int64_t t = 0; t < rows; ++t) {
-    T* v_row = v_tile + t * stride + column;
+    const T* v_row = values.data + t * values.stride + column;
+    T* y_row = y_tile + t * stride + column;
     T* dy_row = dy_tile + t * stride + column;
     const T* g_row = grad_out.data + t * grad_out.stride + column;
     const T* c_row = context[t] + column;
@@ -39,7 +43,7 @@ SEP_ATTN_INLINE void gate_backward_strip(int64_t rows, int64_t column, int64_t s
       const Vec<T> r = activate<T, kActivation>(v);
       Vec<T> dv = dy * c;
       if (kActivation == Activation::kRelu) dv = v <= zero<T>() ? zero<T>() : dv;
-      store(v_row + i * n, r * c);
+      store(y_row + i * n, r * c);
       store(dy_row + i * n, dv);
       sum_dc[i] += dy * r;
       sum_dv[i] += dv;
@@ -64,17 +68,17 @@ SEP_ATTN_INLINE void gate_backward_strip(int64_t rows, int64_t column, int64_t s
 }
 
 template <typename T, Activation kActivation>
-void gate_backward_tile(int64_t rows, int64_t channels, int64_t stride, T* v_tile, T* dy_tile,
-                        const T* const* context, T* const* grad_context,
+void gate_backward_tile(int64_t rows, int64_t channels, int64_t stride, Rows<const T> values,
+                        T* y_tile, T* dy_tile, const T* const* context, T* const* grad_context,
                         const Rows<const T>& grad_out, T* grad_value_bias, T* grad_out_bias) {
   constexpr int64_t n = kLanes<T>;
   int64_t column = 0;
   for (; column + 4 * n <= channels; column += 4 * n) {
-    gate_backward_strip<T, kActivation, 4>(rows, column, stride, v_tile, dy_tile, context,
+    gate_backward_strip<T, kActivation, 4>(rows, column, stride, values, y_tile, dy_tile, context,
                                            grad_context, grad_out, grad_value_bias, grad_out_bias);
   }
   for (; column < channels; column += n) {
-    gate_backward_strip<T, kActivation, 1>(rows, column, stride, v_tile, dy_tile, context,
+    gate_backward_strip<T, kActivation, 1>(rows, column, stride, values, y_tile, dy_tile, context,
                                            grad_context, grad_out, grad_value_bias, grad_out_bias);
   }
 }
@@ -117,17 +121,22 @@ class AttentionBackwardPass {
         tile_size_(kTileRows * tile_stride_),
         panels_(panels_in<T>(channels_)),
         panel_size_(channels_ * kWidth),
-        workers_(larger(1, smaller(parallel.threads, tokens_))),
+        workers_(workers_for(tokens_, 8 * channels_ * channels_, parallel.threads)),
+        parts_(parts_in(tokens_, 4 * larger(64, channels_), workers_)),
+        pools_strips_(pool_strips()),
+        pool_parts_(parts_in(prev_tokens_, 64, workers_)),
         pack_keys_(slices_ > 8),
         qkv_weight_(op.qkv_weight, 1 + 2 * channels_, channels_),
         out_weight_(op.out_weight, channels_, channels_),
         vectors_(3 * padded_),
-        packed_((pack_keys_ ? 4 : 3) * panels_ * panel_size_),
-        weight_sums_(op.grad_qkv_weight || op.grad_out_weight ? workers_ * 2 * channels_ * padded_
-                                                              : 0),
-        bias_sums_(workers_ * 3 * padded_),
-        score_bias_sums_(workers_),
-        context_sums_(workers_),
+        packed_(4 * panels_ * panel_size_),
+        in_place_(!kHalf && channels_ == padded_),
+        weight_sums_(op.grad_qkv_weight || op.grad_out_weight
+                         ? (parts_ - in_place_) * 2 * channels_ * padded_
+                         : 0),
+        bias_sums_(parts_ * 2 * padded_),
+        score_sums_(score_parts() * (padded_ + kLanes<T>)),
+        context_sums_(parts_),
         context_sums_data_(touched_images() * image_slices_ * padded_),
         tiles_(workers_ * 6 * tile_size_),
         delayed_grad_x_(delayed() ? tokens_ * channels_ : 0),
@@ -137,36 +146,42 @@ class AttentionBackwardPass {
     read_vector<S>(op.qkv_bias, 1, channels_, padded_, key_bias());
     read_vector<S>(op.qkv_bias, 1 + channels_, channels_, padded_, value_bias());
     T* sums = context_sums_data_.get();
-    for (int64_t worker = 0; worker < workers_; ++worker) {
-      context_sums_[worker] = sums;
-      sums += images_of(worker).count() * image_slices_ * padded_;
+    for (int64_t part = 0; part < parts_; ++part) {
+      context_sums_[part] = sums;
+      sums += images_of(part).count() * image_slices_ * padded_;
     }
   }
 
   void run() {
-    run_tasks(parallel_, workers_, [&](int64_t worker) { pack_weights(worker); });
-    run_tasks(parallel_, workers_, [&](int64_t worker) { value_path(worker); });
-    const int64_t slice_workers = smaller(workers_, slices_);
-    run_tasks(parallel_, slice_workers, [&](int64_t worker) {
-      const Range own = share(slices_, worker, slice_workers);
-      for (int64_t slice = own.begin; slice < own.end; ++slice) sum_context_gradient(slice);
+    const int64_t channel_groups = (channels_ + kBlockRows - 1) / kBlockRows;
+    const bool pools =
+        pool_grad() != nullptr || op_.grad_qkv_weight != nullptr || op_.grad_qkv_bias != nullptr;
+    run_workers(parallel_, workers_, [&](Worker& worker) {
+      T* scratch = tiles_.get() + worker.index() * 6 * tile_size_;
+      worker.share_out(4 * panels_, [&](int64_t i) { pack_weights(i / panels_, i % panels_); });
+      worker.wait();
+      worker.share_out(parts_, [&](int64_t part) { value_path(part, scratch); });
+      worker.wait();
+      worker.share_out(slices_, [&](int64_t slice) { sum_context_gradient(slice); });
+      worker.wait();
+      worker.share_out(panels_, [&](int64_t panel) { project_context_gradient(panel); });
+      worker.share_out(channel_groups, [&](int64_t group) {
+        finish_channels(share(channels_, group, channel_groups));
+      });
+      worker.wait();
+      if (!pools) return;
+      worker.share_out(slices_, [&](int64_t slice) { sum_score_gradient(slice); });
+      worker.wait();
+      worker.share_out(score_parts(), [&](int64_t part) {
+        if (pools_strips_) {
+          pool_strip_path(part, scratch);
+        } else {
+          pool_path(part, scratch);
+        }
+      });
+      worker.wait();
+      worker.share_out(1, [&](int64_t) { finish_scores(); });
     });
-    run_tasks(parallel_, workers_, [&](int64_t worker) {
-      project_context_gradient(worker);
-      finish_channels(share(channels_, worker, workers_));
-    });
-    if (pool_grad() == nullptr && op_.grad_qkv_weight == nullptr && op_.grad_qkv_bias == nullptr) {
-      return;
-    }
-    run_tasks(parallel_, slice_workers, [&](int64_t worker) {
-      const Range own = share(slices_, worker, slice_workers);
-      for (int64_t slice = own.begin; slice < own.end; ++slice) sum_score_gradient(slice);
-    });
-    const int64_t pool_workers = smaller(workers_, prev_tokens_);
-    run_tasks(parallel_, pool_workers, [&](int64_t worker) {
-      pool_path(worker, share(prev_tokens_, worker, pool_workers));
-    });
-    finish_scores(pool_workers);
   }
 
  private:
@@ -175,7 +190,6 @@ class AttentionBackwardPass {
   T* score_weight() const { return vectors_.get(); }
   T* key_bias() const { return vectors_.get() + padded_; }
   T* value_bias() const { return vectors_.get() + 2 * padded_; }
-  T* tile(int64_t worker) const { return tiles_.get() + worker * 6 * tile_size_; }
   const T* statistics(int64_t slice) const {
     return static_cast<const T*>(op_.statistics) + slice * (2 * channels_ + 1);
   }
@@ -186,27 +200,42 @@ class AttentionBackwardPass {
     return {packed_.get() + matrix * panels_ * panel_size_, panel_size_, kWidth};
   }
 
-  // A worker's sums over its tokens.
-  T* value_weight_sum(int64_t worker) const {
-    return weight_sums_.get() + worker * 2 * channels_ * padded_;
+  // Tokens are cut into parts with sums of their own, which are added up in their order: a few for
+  // each worker, so that a slow one takes fewer.
+  static int64_t parts_in(int64_t tokens, int64_t least, int64_t workers) {
+    if (workers == 1) return 1;
+    return smaller(tokens, smaller(4 * workers, larger(workers, tokens / least)));
   }
-  T* out_weight_sum(int64_t worker) const { return value_weight_sum(worker) + channels_ * padded_; }
-  T* value_bias_sum(int64_t worker) const { return bias_sums_.get() + worker * 3 * padded_; }
-  T* out_bias_sum(int64_t worker) const { return value_bias_sum(worker) + padded_; }
-  T* score_weight_sum(int64_t worker) const { return value_bias_sum(worker) + 2 * padded_; }
+  // Where it fits, the first part's sums of the weights' gradients are the gradients themselves.
+  T* value_weight_sum(int64_t part) const {
+    if (part < in_place_) {
+      return static_cast<T*>(op_.grad_qkv_weight) + (1 + channels_) * channels_;
+    }
+    return weight_sums_.get() + (part - in_place_) * 2 * channels_ * padded_;
+  }
+  T* out_weight_sum(int64_t part) const {
+    if (part < in_place_) return static_cast<T*>(op_.grad_out_weight);
+    return value_weight_sum(part) + channels_ * padded_;
+  }
+  T* value_bias_sum(int64_t part) const { return bias_sums_.get() + part * 2 * padded_; }
+  T* out_bias_sum(int64_t part) const { return value_bias_sum(part) + padded_; }
+  T* score_weight_sum(int64_t part) const {
+    return score_sums_.get() + part * (padded_ + kLanes<T>);
+  }
+  T& score_bias_sum(int64_t part) const { return score_weight_sum(part)[padded_]; }
 
-  // The images a worker's tokens belong to, and its sum of dc over its tokens of a slice in them.
-  Range images_of(int64_t worker) const {
-    const Range own = share(tokens_, worker, workers_);
+  // The images a part's tokens belong to, and its sum of dc over its tokens of a slice in them.
+  Range images_of(int64_t part) const {
+    const Range own = share(tokens_, part, parts_);
     return {own.begin / image_tokens_, (own.end - 1) / image_tokens_ + 1};
   }
   int64_t touched_images() const {
     int64_t images = 0;
-    for (int64_t worker = 0; worker < workers_; ++worker) images += images_of(worker).count();
+    for (int64_t part = 0; part < parts_; ++part) images += images_of(part).count();
     return images;
   }
-  T* context_sum(int64_t worker, int64_t slice) const {
-    return context_sums_[worker] + (slice - images_of(worker).begin * image_slices_) * padded_;
+  T* context_sum(int64_t part, int64_t slice) const {
+    return context_sums_[part] + (slice - images_of(part).begin * image_slices_) * padded_;
   }
 
   // Rows of a slice: dc, dxbar and xbar, padded with zeros.
@@ -224,43 +253,39 @@ class AttentionBackwardPass {
 
   // ---- Weights ----
 
-  void pack_weights(int64_t worker) {
+  void pack_weights(int64_t matrix, int64_t panel) const {
     const S* value = qkv_weight_.row(1 + channels_);
     const int64_t qkv_stride = qkv_weight_.stride();
-    const Range packs = share((pack_keys_ ? 4 : 3) * panels_, worker, workers_);
-    for (int64_t i = packs.begin; i < packs.end; ++i) {
-      T* panel = packed_.get() + i * panel_size_;
-      const int64_t first = i % panels_ * kWidth;
-      const int64_t matrix = i / panels_;
-      if (matrix == 0) {
-        pack_panel(value, int64_t{1}, qkv_stride, channels_, channels_, first, panel);
-      } else if (matrix == 1) {
-        pack_panel(out_weight_.row(0), out_weight_.stride(), int64_t{1}, channels_, channels_,
-                   first, panel);
-      } else {
-        pack_panel(matrix == 2 ? value : qkv_weight_.row(1), qkv_stride, int64_t{1}, channels_,
-                   channels_, first, panel);
-      }
+    const int64_t first = panel * kWidth;
+    T* target = packed_.get() + (matrix * panels_ + panel) * panel_size_;
+    if (matrix == 0) {
+      if (op_.values != nullptr) return;
+      pack_panel(value, int64_t{1}, qkv_stride, channels_, channels_, first, target);
+    } else if (matrix == 1) {
+      pack_panel(out_weight_.row(0), out_weight_.stride(), int64_t{1}, channels_, channels_, first,
+                 target);
+    } else if (matrix == 2 || pack_keys_) {
+      pack_panel(matrix == 2 ? value : qkv_weight_.row(1), qkv_stride, int64_t{1}, channels_,
+                 channels_, first, target);
     }
   }
 
-  // ---- The value path, tile by tile, with the values computed again ----
+  // ---- The value path, tile by tile ----
 
-  void value_path(int64_t worker) {
-    for (int64_t d = 0; d < 2 * padded_; ++d) value_bias_sum(worker)[d] = 0;
-    const int64_t own_slices = images_of(worker).count() * image_slices_;
-    for (int64_t i = 0; i < own_slices * padded_; ++i) context_sums_[worker][i] = 0;
-    const Tiles own(share(tokens_, worker, workers_));
-    for (int64_t i = 0; i < own.count; ++i) value_tile(worker, own[i], i == 0);
+  void value_path(int64_t part, T* scratch) const {
+    for (int64_t d = 0; d < 2 * padded_; ++d) value_bias_sum(part)[d] = 0;
+    const int64_t own_slices = images_of(part).count() * image_slices_;
+    for (int64_t i = 0; i < own_slices * padded_; ++i) context_sums_[part][i] = 0;
+    const Tiles own(share(tokens_, part, parts_));
+    for (int64_t i = 0; i < own.count; ++i) value_tile(part, own[i], i == 0, scratch);
   }
 
-  void value_tile(int64_t worker, Range tokens, bool is_first) {
+  void value_tile(int64_t part, Range tokens, bool is_first, T* x_tile) const {
     const int64_t first = tokens.begin;
     const int64_t count = tokens.count();
-    T* x_tile = tile(worker);
     T* g_tile = x_tile + tile_size_;
-    T* v_tile = g_tile + tile_size_;   // v, then y
-    T* dy_tile = v_tile + tile_size_;  // dy, then dv
+    T* y_tile = g_tile + tile_size_;   // v where it is computed again, then y
+    T* dy_tile = y_tile + tile_size_;  // dy, then dv
     T* dx_tile = dy_tile + tile_size_;
     T* context_tile = dx_tile + tile_size_;
     const Rows<const T> x = padded_rows(op_.grid, op_.x, tokens, x_tile);
@@ -272,20 +297,24 @@ class AttentionBackwardPass {
       const int64_t slice = walk.slice();
       contexts[t] =
           padded_row(statistics(slice) + channels_, channels_, context_tile + t * tile_stride_);
-      grad_contexts[t] = context_sum(worker, slice);
+      grad_contexts[t] = context_sum(part, slice);
     }
-    multiply<T, LeftOperand::kRows>(count, channels_, channels_, x.data, x.stride, panels(0),
-                                    StoreBiased<T>{{v_tile, tile_stride_}, value_bias()});
+    Rows<const T> values = {static_cast<const T*>(op_.values) + first * channels_, channels_};
+    if (op_.values == nullptr) {
+      values = {y_tile, tile_stride_};
+      multiply<T, LeftOperand::kRows>(count, channels_, channels_, x.data, x.stride, panels(0),
+                                      StoreBiased<T>{y_tile, tile_stride_, value_bias()});
+    }
     multiply<T, LeftOperand::kRows>(count, channels_, channels_, g.data, g.stride, panels(1),
                                     StoreSum<T>{dy_tile, tile_stride_});
-    gate_backward_tile<T, kActivation>(count, channels_, tile_stride_, v_tile, dy_tile, contexts,
-                                       grad_contexts, g, value_bias_sum(worker),
-                                       out_bias_sum(worker));
+    gate_backward_tile<T, kActivation>(count, channels_, tile_stride_, values, y_tile, dy_tile,
+                                       contexts, grad_contexts, g, value_bias_sum(part),
+                                       out_bias_sum(part));
     if (op_.grad_qkv_weight != nullptr) {
-      add_outer_product({dy_tile, tile_stride_}, x, count, is_first, value_weight_sum(worker));
+      add_outer_product({dy_tile, tile_stride_}, x, count, is_first, value_weight_sum(part));
     }
     if (op_.grad_out_weight != nullptr) {
-      add_outer_product(g, {v_tile, tile_stride_}, count, is_first, out_weight_sum(worker));
+      add_outer_product(g, {y_tile, tile_stride_}, count, is_first, out_weight_sum(part));
     }
     if (op_.grad_x != nullptr) store_value_gradient(tokens, dy_tile, dx_tile);
   }
@@ -309,7 +338,7 @@ class AttentionBackwardPass {
                                          operand, StoreSum<T>{sum, padded_});
     } else {
       multiply<T, LeftOperand::kColumns>(channels_, channels_, count, left.data, left.stride,
-                                         operand, AddSum<T>{{sum, padded_}});
+                                         operand, AddSum<T>{sum, padded_});
     }
   }
 
@@ -347,27 +376,25 @@ class AttentionBackwardPass {
       sum[d] = 0;
       copy[d] = d < channels_ ? statistics(slice)[d] : T{0};
     }
-    for (int64_t worker = 0; worker < workers_; ++worker) {
-      const Range images = images_of(worker);
+    for (int64_t part = 0; part < parts_; ++part) {
+      const Range images = images_of(part);
       const int64_t image = slice / image_slices_;
       if (image < images.begin || image >= images.end) continue;
-      const T* part = context_sum(worker, slice);
-      for (int64_t d = 0; d < padded_; ++d) sum[d] += part[d];
+      const T* own = context_sum(part, slice);
+      for (int64_t d = 0; d < padded_; ++d) sum[d] += own[d];
     }
     key_bias_product(slice) = dot(sum, key_bias(), channels_);
   }
 
-  // dxbar = dc W_K, a worker's panels of it for all slices.
-  void project_context_gradient(int64_t worker) {
-    const Range own = share(panels_, worker, workers_);
-    const int64_t first = own.begin * kWidth;
-    const int64_t columns = smaller(own.end * kWidth, channels_) - first;
-    if (columns <= 0) return;
+  // dxbar = dc W_K, a panel of it for all slices.
+  void project_context_gradient(int64_t panel) const {
+    const int64_t first = panel * kWidth;
+    const int64_t columns = smaller(first + kWidth, channels_) - first;
     if (pack_keys_) {
       const Panels<T> keys = panels(3);
       multiply<T, LeftOperand::kRows>(
           slices_, columns, channels_, grad_context(), padded_,
-          Panels<T>{keys.data + own.begin * panel_size_, panel_size_, kWidth},
+          Panels<T>{keys.data + panel * panel_size_, panel_size_, kWidth},
           StoreSum<T>{grad_pooled() + first, padded_});
       return;
     }
@@ -389,9 +416,11 @@ class AttentionBackwardPass {
     S* qkv_bias = static_cast<S*>(op_.grad_qkv_bias);
     S* out_weight = static_cast<S*>(op_.grad_out_weight);
     S* out_bias = static_cast<S*>(op_.grad_out_bias);
-    if (out_weight != nullptr) sum_weight_rows(own, out_weight_sum(0), out_weight);
+    const auto out_sums = [&](int64_t part) { return out_weight_sum(part); };
+    const auto value_sums = [&](int64_t part) { return value_weight_sum(part); };
+    if (out_weight != nullptr) sum_weight_rows(own, out_sums, out_weight);
     if (qkv_weight != nullptr) {
-      sum_weight_rows(own, value_weight_sum(0), qkv_weight + (1 + channels_) * channels_);
+      sum_weight_rows(own, value_sums, qkv_weight + (1 + channels_) * channels_);
       multiply<T, LeftOperand::kColumns>(
           own.count(), channels_, slices_, grad_context() + own.begin, padded_,
           Panels<T>{pooled(), kWidth, padded_},
@@ -399,9 +428,9 @@ class AttentionBackwardPass {
     }
     for (int64_t d = own.begin; d < own.end; ++d) {
       T value_sum = 0, out_sum = 0, key_sum = 0;
-      for (int64_t worker = 0; worker < workers_; ++worker) {
-        value_sum += value_bias_sum(worker)[d];
-        out_sum += out_bias_sum(worker)[d];
+      for (int64_t part = 0; part < parts_; ++part) {
+        value_sum += value_bias_sum(part)[d];
+        out_sum += out_bias_sum(part)[d];
       }
       for (int64_t slice = 0; slice < slices_; ++slice) {
         key_sum += weight_sum(slice) * grad_context()[slice * padded_ + d];
@@ -414,15 +443,15 @@ class AttentionBackwardPass {
     }
   }
 
-  void sum_weight_rows(Range own, const T* sums, S* target) const {
+  template <typename Sums>
+  void sum_weight_rows(Range own, const Sums& sums, S* target) const {
+    if (in_place_ && parts_ == 1) return;
     const StoreResult<S> result = {target, channels_, channels_};
     for (int64_t row = own.begin; row < own.end; ++row) {
       for (int64_t d = 0; d < channels_; d += kLanes<T>) {
-        Vec<T> sum = load(sums + row * padded_ + d);
-        for (int64_t worker = 1; worker < workers_; ++worker) {
-          sum += load(sums + (worker * 2 * channels_ + row) * padded_ + d);
-        }
-        result.finish(row, d, sum);
+        Vec<T> sum = load(sums(0) + row * padded_ + d);
+        for (int64_t part = 1; part < parts_; ++part) sum += load(sums(part) + row * padded_ + d);
+        result.place(row, d).finish(0, 0, sum);
       }
     }
   }
@@ -445,18 +474,17 @@ class AttentionBackwardPass {
     score_sum(index) = sum;
   }
 
-  void pool_path(int64_t worker, Range range) {
-    for (int64_t d = 0; d < padded_; ++d) score_weight_sum(worker)[d] = 0;
-    score_bias_sums_[worker] = 0;
+  void pool_path(int64_t part, T* scratch) const {
+    const Range range = share(prev_tokens_, part, pool_parts_);
+    for (int64_t d = 0; d < padded_ + kLanes<T>; ++d) score_weight_sum(part)[d] = 0;
     for (int64_t first = range.begin; first < range.end; first += kTileRows) {
-      pool_tile(worker, {first, smaller(first + kTileRows, range.end)});
+      pool_tile(part, {first, smaller(first + kTileRows, range.end)}, scratch);
     }
   }
 
-  void pool_tile(int64_t worker, Range tokens) {
+  void pool_tile(int64_t part, Range tokens, T* x_tile) const {
     const int64_t first = tokens.begin;
     const int64_t count = tokens.count();
-    T* x_tile = tile(worker);
     const Rows<const T> x = read_rows(op_.prev_grid, static_cast<const S*>(op_.x_prev), first,
                                       count, x_tile, tile_stride_);
     bool in_place = false;
@@ -503,14 +531,14 @@ class AttentionBackwardPass {
       T dp = scale * (products[t] + key_bias_product(slices[t]));
       if (op_.grad_weights.data != nullptr) dp += value_at(op_.grad_weights);
       const T score_grad = p * (dp - score_sum(slices[t]));
-      score_bias_sums_[worker] += score_grad;
+      score_bias_sum(part) += score_grad;
       rows[kept] = rows[t];
       score_grads[kept++] = score_grad;
       if (pool_grad() == nullptr) continue;
       combine_scaled(grad_pooled() + slices[t] * padded_, p * scale, score_weight(), score_grad,
                      channels_, self_, grad_row);
     }
-    add_weighted_rows(rows, score_grads, kept, channels_, T{1}, score_weight_sum(worker));
+    add_weighted_rows(rows, score_grads, kept, channels_, T{1}, score_weight_sum(part));
     if (pool_grad() != nullptr && !in_place) {
       scatter_tokens(pool_grid(), pool_grad(), first, count, grad.data, grad.stride);
     }
@@ -536,15 +564,138 @@ class AttentionBackwardPass {
     return {tile, tile_stride_};
   }
 
-  void finish_scores(int64_t workers) {
+  // ---- The same where pixels are contiguous: tokens on the lanes, vectors of a strip ----
+
+  bool pool_strips() const {
+    const auto contiguous = [](const TokenGrid& grid) {
+      return grid.stride_width == 1 && grid.stride_channel != 1;
+    };
+    return !kHalf && contiguous(op_.prev_grid) && kLanes<T> % op_.prev_grid.patch_w == 0 &&
+           (pool_grad() == nullptr || contiguous(pool_grid()));
+  }
+  int64_t strips() const { return op_.prev_grid.batch * op_.prev_grid.patch_h; }
+  int64_t strip_segments() const {
+    return segments_in(op_.prev_grid.slice_tokens() * op_.prev_grid.patch_w, channels_);
+  }
+  int64_t score_parts() const { return pools_strips_ ? strips() * strip_segments() : pool_parts_; }
+
+  void pool_strip_path(int64_t part, T* scratch) const {
+    constexpr int64_t lanes = kLanes<T>;
+    constexpr int kVectors = 4;
+    const TokenGrid& grid = op_.prev_grid;
+    const int64_t strip_index = part / strip_segments();
+    const Strip strip = make_strip<T>(grid, strip_index);
+    const Range range = share(strip.vectors, part % strip_segments(), strip_segments());
+    const int64_t first_slice = strip_index * grid.patch_w;
+    T* directions = scratch;                   // [channels, lanes]: dxbar of each lane's slice
+    T* sums = directions + channels_ * lanes;  // [channels, lanes]: of dw_I
+    T* copy = sums + channels_ * lanes;        // [channels, kVectors, lanes]: x'
+    alignas(64) T biases[lanes], score_sums[lanes], values[lanes];
+    for (int64_t i = 0; i < lanes; ++i) {
+      const int64_t slice = first_slice + i % grid.patch_w;
+      biases[i] = key_bias_product(slice);
+      score_sums[i] = score_sum(slice);
+    }
+    for (int64_t d = 0; d < channels_; ++d) {
+      store(sums + d * lanes, zero<T>());
+      for (int64_t i = 0; i < lanes; ++i) {
+        directions[d * lanes + i] = grad_pooled()[(first_slice + i % grid.patch_w) * padded_ + d];
+      }
+    }
+    Vec<T> bias_sum = zero<T>();
+    const auto weights = contiguous_values<const void>(grid, op_.weights);
+    for (int64_t first = range.begin; first < range.end; first += kVectors) {
+      Vec<T> weight[kVectors], score_grad[kVectors];
+      const T* x[kVectors];
+      T* grad[kVectors];
+      int64_t counts[kVectors];
+      bool whole = true;
+      StripVector places[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        const bool there = first + v < range.end;
+        places[v] = strip_vector<T>(strip, there ? first + v : first);
+        counts[v] = there ? places[v].count : 0;
+        whole = whole && counts[v] == lanes;
+        x[v] = static_cast<const T*>(op_.x_prev) + offset(grid, strip, places[v]);
+        grad[v] = pool_grad() == nullptr
+                      ? nullptr
+                      : reinterpret_cast<T*>(pool_grad()) + offset(pool_grid(), strip, places[v]);
+      }
+      Vec<T> products[kVectors];
+      const auto direction_of = [&](int64_t d) { return load(directions + d * lanes); };
+      if (whole) {
+        dot_strip<true, kVectors>(x, counts, grid.stride_channel, direction_of, channels_, copy,
+                                  products);
+      } else {
+        dot_strip<false, kVectors>(x, counts, grid.stride_channel, direction_of, channels_, copy,
+                                   products);
+      }
+      for (int v = 0; v < kVectors; ++v) {
+        weight[v] = score_grad[v] = zero<T>();
+        if (counts[v] == 0) continue;
+        const Vec<T> p =
+            load_first(static_cast<const T*>(weights.data) + strip.image * weights.stride_batch +
+                           places[v].y * weights.stride_height + places[v].x,
+                       counts[v]);
+        const auto read = [&](const TokenValues<const void>& source) {
+          const T* data = static_cast<const T*>(source.data);
+          read_strip_values(strip, places[v], source, T{0}, values,
+                            [&](int64_t at) { return data[at]; });
+          return load(values);
+        };
+        weight[v] = p;
+        Vec<T> dp = products[v] + load(biases);
+        if (op_.dropout_scale.data != nullptr) {
+          const Vec<T> scale = read(op_.dropout_scale);
+          weight[v] *= scale;
+          dp *= scale;
+        }
+        if (op_.grad_weights.data != nullptr) dp += read(op_.grad_weights);
+        // Tokens with no weight stay out, whatever x' holds there.
+        score_grad[v] = p != zero<T>() ? p * (dp - load(score_sums)) : zero<T>();
+        bias_sum += score_grad[v];
+        if (op_.dropout_scale.data == nullptr && whole) continue;
+        weight[v] = p != zero<T>() ? weight[v] : zero<T>();
+      }
+      for (int64_t d = 0; d < channels_; ++d) {
+        const Vec<T> direction = load(directions + d * lanes);
+        const Vec<T> score_weight_lanes = broadcast<T>(score_weight()[d]);
+        Vec<T> sum = load(sums + d * lanes);
+        SEP_ATTN_UNROLL
+        for (int v = 0; v < kVectors; ++v) {
+          const Vec<T> value = load(copy + (d * kVectors + v) * lanes);
+          sum += score_grad[v] * (score_grad[v] != zero<T>() ? value : zero<T>());
+          if (grad[v] == nullptr || counts[v] == 0) continue;
+          T* at = grad[v] + d * pool_grid().stride_channel;
+          Vec<T> own = direction * weight[v] + score_weight_lanes * score_grad[v];
+          if (self_) own += whole ? load(at) : load_first(at, counts[v]);
+          if (whole) {
+            store(at, own);
+          } else {
+            store_first(at, own, counts[v]);
+          }
+        }
+        store(sums + d * lanes, sum);
+      }
+    }
+    T* result = score_weight_sum(part);
+    for (int64_t d = 0; d < channels_; ++d) result[d] = reduce_sum<T>(load(sums + d * lanes));
+    score_bias_sum(part) = reduce_sum<T>(bias_sum);
+  }
+
+  static int64_t offset(const TokenGrid& grid, const Strip& strip, const StripVector& at) {
+    return strip.image * grid.stride_batch + at.y * grid.stride_height + at.x;
+  }
+
+  void finish_scores() const {
     if (op_.grad_qkv_bias != nullptr) {
       T sum = 0;
-      for (int64_t worker = 0; worker < workers; ++worker) sum += score_bias_sums_[worker];
+      for (int64_t part = 0; part < score_parts(); ++part) sum += score_bias_sum(part);
       store_one(static_cast<S*>(op_.grad_qkv_bias), sum);
     }
     for (int64_t d = 0; op_.grad_qkv_weight != nullptr && d < channels_; ++d) {
       T sum = 0;
-      for (int64_t worker = 0; worker < workers; ++worker) sum += score_weight_sum(worker)[d];
+      for (int64_t part = 0; part < score_parts(); ++part) sum += score_weight_sum(part)[d];
       store_one(static_cast<S*>(op_.grad_qkv_weight) + d, sum);
     }
   }
@@ -554,10 +705,14 @@ class AttentionBackwardPass {
   const bool self_;
   const int64_t channels_, slices_, image_tokens_, image_slices_, tokens_, prev_tokens_;
   const int64_t padded_, tile_stride_, tile_size_;  // a tile's rows spread over cache sets
-  const int64_t panels_, panel_size_, workers_;
+  const int64_t panels_, panel_size_, workers_, parts_;
+  const bool pools_strips_;
+  const int64_t pool_parts_;
   const bool pack_keys_;  // else the rows of W_K are gone through as they lie
   const WeightRows<S> qkv_weight_, out_weight_;
-  const Buffer<T> vectors_, packed_, weight_sums_, bias_sums_, score_bias_sums_;
+  const Buffer<T> vectors_, packed_;
+  const bool in_place_;
+  const Buffer<T> weight_sums_, bias_sums_, score_sums_;
   const Buffer<T*> context_sums_;
   const Buffer<T> context_sums_data_, tiles_, delayed_grad_x_, slice_values_, slice_sums_;
 };

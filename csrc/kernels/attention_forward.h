@@ -22,7 +22,7 @@ template <typename S, Activation kActivation>
 class AttentionForwardPass {
   using T = Accumulate<S>;
   static constexpr int64_t kWidth = kPanelWidth<T>;
-  static constexpr int64_t kLaneTile = round_up(64, kWidth);  // tokens of a tile of lanes
+  static constexpr int64_t kLanePanels = larger(1, 64 / kWidth);  // of a tile of lanes, at most
 
  public:
   AttentionForwardPass(const AttentionForward& op, const ParallelFor& parallel)
@@ -66,8 +66,7 @@ class AttentionForwardPass {
 
   void run() {
     const bool channel_major = op_.grid.stride_channel != 1 && op_.grid.stride_width == 1;
-    // Packing the weights costs channels^2, putting tokens on lanes tokens * channels.
-    if (tokens_ <= channels_ && channels_ >= kLanes<T>) {
+    if (channels_ >= kLanes<T> && (channel_major ? tokens_ <= channels_ : few_tokens())) {
       run_lanes_by_rows();
     } else if (channel_major) {
       run_lanes_by_tokens();
@@ -86,8 +85,18 @@ class AttentionForwardPass {
   }
   T* statistics(int64_t slice) const { return statistics() + slice * (2 * channels_ + 1); }
   T* context(int64_t slice) const { return statistics(slice) + channels_; }
+  T* values() const { return static_cast<T*>(op_.values); }
   const S* x() const { return static_cast<const S*>(op_.x); }
   S* out() const { return static_cast<S*>(op_.out); }
+
+  // Tokens on lanes waste the lanes that they leave empty; packed panels cost channels^2: reading
+  // the weights where the panels are kept, more where the weights outgrow the cache, or packing
+  // them.
+  bool few_tokens() const {
+    const int64_t wasted = round_up(tokens_, kLanes<T>) - tokens_;
+    const bool cached = 2 * channels_ * channels_ * sizeof(S) <= 3 << 19;
+    return tokens_ <= channels_ && (op_.packed_weights == nullptr || wasted <= (cached ? 8 : 16));
+  }
 
   // ---- The steps ----
 
@@ -183,20 +192,23 @@ class AttentionForwardPass {
     multiply<T, LeftOperand::kRows>(
         count, channels_, channels_, rows.data, rows.stride, value_panels,
         StoreGated<T, kActivation>{
-            {{gated_tile, tile_stride_}, value_bias()},
+            gated_tile,
+            tile_stride_,
+            value_bias(),
             contexts,
-            {more ? rows.data - count * rows.stride : rows.data, rows.stride}});
+            {more ? rows.data - count * rows.stride : rows.data, rows.stride},
+            {op_.values == nullptr ? nullptr : values() + first * channels_, channels_}});
     if constexpr (std::is_same<S, T>::value) {
       if (channels_ % kLanes<T> == 0 && tokens_in_place<S>(op_.out_grid, first, count)) {
         T* target = out() + token_offset(op_.out_grid, token_position(op_.out_grid, first));
         multiply<T, LeftOperand::kRows>(
             count, channels_, channels_, gated_tile, tile_stride_, out_panels,
-            StoreBiased<T>{{target, op_.out_grid.stride_width}, out_bias()});
+            StoreBiased<T>{target, op_.out_grid.stride_width, out_bias()});
         return;
       }
     }
     multiply<T, LeftOperand::kRows>(count, channels_, channels_, gated_tile, tile_stride_,
-                                    out_panels, StoreBiased<T>{{x_tile, tile_stride_}, out_bias()});
+                                    out_panels, StoreBiased<T>{x_tile, tile_stride_, out_bias()});
     scatter_tokens(op_.out_grid, out(), first, count, x_tile, tile_stride_);
   }
 
@@ -290,6 +302,7 @@ class AttentionForwardPass {
     const int64_t parts = workers_ == 1 ? 1 : blocks;
     const int64_t part_rows = workers_ == 1 ? channels_ : kBlockRows;
     const Buffer<T> lanes(2 * panels * panel_size);
+    const Buffer<T> value_lanes(op_.values == nullptr ? 0 : panels * panel_size);
     const Buffer<T> converted(converted_size());
     const Buffer<T> worker_tiles(workers_ * 2 * panels * part_rows * kWidth);
     const Buffer<LaneContext<T>> contexts(workers_ * panels * kPanelVectors);
@@ -318,12 +331,16 @@ class AttentionForwardPass {
         const Range rows = rows_of(part);
         project({0, slices_}, rows);
         lane_contexts({0, tokens_}, rows, own_contexts, own_tile);
+        const LanePanel<T> own_values = {
+            op_.values == nullptr ? nullptr : value_lanes.get() + rows.begin * kWidth, panel_size};
         multiply<T, LeftOperand::kRows>(
             rows.count(), tokens_, channels_, weights.value + rows.begin * weights.value_stride,
             weights.value_stride, Panels<T>{x_lanes.data, panel_size, kWidth},
-            StoreGatedLanes<T, kActivation>{
-                {{gated_lanes.data + rows.begin * kWidth, panel_size}, value_bias() + rows.begin},
-                own_contexts});
+            StoreGatedLanes<T, kActivation>{{gated_lanes.data + rows.begin * kWidth, panel_size},
+                                            value_bias() + rows.begin,
+                                            own_contexts,
+                                            own_values});
+        if (op_.values != nullptr) store_values({0, tokens_}, rows, own_values);
       });
       worker.wait();
       worker.share_out(parts, [&](int64_t part) {
@@ -331,6 +348,16 @@ class AttentionForwardPass {
                        Panels<T>{gated_lanes.data, panel_size, kWidth}, own_tile);
       });
     });
+  }
+
+  // Rows of the values, tokens on lanes, to where they are kept for the backward pass.
+  void store_values(Range tokens, Range rows, LanePanel<T> lanes) const {
+    for (int64_t first = 0; first < tokens.count(); first += kWidth) {
+      copy_matrix(lanes.at(0, first), kWidth, int64_t{1}, rows.count(),
+                  smaller(kWidth, tokens.count() - first),
+                  values() + (tokens.begin + first) * channels_ + rows.begin, int64_t{1},
+                  channels_);
+    }
   }
 
   // The output product for some rows of W_O and the tokens of some panels.
@@ -364,38 +391,39 @@ class AttentionForwardPass {
     }
   }
 
-  // Many tokens: workers share tiles of them.
+  // Many tokens: workers share tiles of them, small ones where there are few.
   void run_lanes_by_tokens() {
-    constexpr int64_t panels = kLaneTile / kWidth;
-    const int64_t panel_size = channels_ * kWidth;
-    const Buffer<T> lanes(workers_ * 4 * panels * panel_size);
+    const int64_t lane_tile = workers_ > 1 && tokens_ < 4 * workers_ * kLanePanels * kWidth
+                                  ? kWidth
+                                  : kLanePanels * kWidth;
+    const int64_t tiles = (tokens_ + lane_tile - 1) / lane_tile;
+    const int64_t lanes_size = 4 * kLanePanels * channels_ * kWidth;
+    const Buffer<T> lanes(workers_ * lanes_size);
     const Buffer<T> converted(converted_size());
     const LaneWeights weights = lane_weights(converted);
-    const int64_t tiles = (tokens_ + kLaneTile - 1) / kLaneTile;
     run_workers(parallel_, workers_, [&](Worker& worker) {
       convert_weights(converted, worker);
       pool(worker);
       worker.wait();
       make_contexts(worker);
-      T* scratch = lanes.get() + worker.index() * 4 * panels * panel_size;
       worker.share_out(
           tiles,
           [&](int64_t i) {
-            const int64_t first = i * kLaneTile;
-            run_lane_tile({first, smaller(first + kLaneTile, tokens_)}, weights, scratch);
+            const int64_t first = i * lane_tile;
+            run_lane_tile({first, smaller(first + lane_tile, tokens_)}, weights,
+                          lanes.get() + worker.index() * lanes_size);
           },
           Order::kBackward);
     });
   }
 
   void run_lane_tile(Range tokens, const LaneWeights& weights, T* scratch) const {
-    constexpr int64_t panels = kLaneTile / kWidth;
     const int64_t panel_size = channels_ * kWidth;
     const LanePanel<T> x_lanes = {scratch, panel_size};
-    const LanePanel<T> gated_lanes = {x_lanes.data + panels * panel_size, panel_size};
-    T* mixed = gated_lanes.data + panels * panel_size;
-    T* out_tile = mixed + panels * panel_size;
-    LaneContext<T> contexts[panels * kPanelVectors];
+    const LanePanel<T> gated_lanes = {x_lanes.data + kLanePanels * panel_size, panel_size};
+    T* mixed = gated_lanes.data + kLanePanels * panel_size;
+    T* out_tile = mixed + kLanePanels * panel_size;
+    LaneContext<T> contexts[kLanePanels * kPanelVectors];
     for (int64_t i = 0; i < tokens.count(); i += kWidth) {
       gather_channels(op_.grid, x(), tokens.begin + i, smaller(kWidth, tokens.count() - i),
                       x_lanes.at(0, i), kWidth, kWidth);
@@ -404,7 +432,11 @@ class AttentionForwardPass {
     multiply<T, LeftOperand::kRows>(
         channels_, tokens.count(), channels_, weights.value, weights.value_stride,
         Panels<T>{x_lanes.data, panel_size, kWidth},
-        StoreGatedLanes<T, kActivation>{{gated_lanes, value_bias()}, contexts});
+        StoreGatedLanes<T, kActivation>{gated_lanes,
+                                        value_bias(),
+                                        contexts,
+                                        {op_.values == nullptr ? nullptr : out_tile, panel_size}});
+    if (op_.values != nullptr) store_values(tokens, {0, channels_}, {out_tile, panel_size});
     store_out_rows(tokens, {0, channels_}, weights, Panels<T>{gated_lanes.data, panel_size, kWidth},
                    out_tile);
   }

@@ -274,36 +274,53 @@ SEP_ATTN_INLINE void read_strip_values(const Strip& strip, const StripVector& at
   }
 }
 
-constexpr int kStripVectors = 8;  // vectors of tokens pooled at a time
-
-// scores[v] = sum_d weight[d] x[d] over kStripVectors vectors of tokens.
-template <bool kWhole, typename S, typename T>
-SEP_ATTN_INLINE void score_strip(const S* const* x, const int64_t* counts, int64_t stride,
-                                 const T* weight, int64_t channels, Vec<T>* scores) {
+// scores[v] = sum_d weights(d) x[d] over kVectors vectors of tokens, which are copied to `tokens`
+// [channels, kVectors, lanes]: where rows lie a power of two apart, a cache cannot hold them.
+template <bool kWhole, int kVectors, typename S, typename T, typename Weights>
+SEP_ATTN_INLINE void dot_strip(const S* const* x, const int64_t* counts, int64_t stride,
+                               const Weights& weights, int64_t channels, T* tokens,
+                               Vec<T>* scores) {
+  constexpr int kChains = kVectors < 4 ? 4 / kVectors : 1;  // independent sums: they overlap
+  Vec<T> sums[kChains][kVectors];
   SEP_ATTN_UNROLL
-  for (int v = 0; v < kStripVectors; ++v) scores[v] = zero<T>();
-  for (int64_t d = 0; d < channels; ++d) {
-    const Vec<T> w = broadcast<T>(weight[d]);
+  for (int i = 0; i < kChains; ++i) {
     SEP_ATTN_UNROLL
-    for (int v = 0; v < kStripVectors; ++v) {
+    for (int v = 0; v < kVectors; ++v) sums[i][v] = zero<T>();
+  }
+  const auto add = [&](int chain, int64_t d) __attribute__((always_inline)) {
+    const Vec<T> w = weights(d);
+    SEP_ATTN_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
       const S* at = x[v] + d * stride;
-      scores[v] += w * (kWhole ? load(at) : load_first(at, counts[v]));
+      const Vec<T> value = kWhole ? load(at) : load_first(at, counts[v]);
+      store(tokens + (d * kVectors + v) * kLanes<T>, value);
+      sums[chain][v] += w * value;
     }
+  };
+  int64_t d = 0;
+  for (; d + kChains <= channels; d += kChains) {
+    SEP_ATTN_UNROLL
+    for (int i = 0; i < kChains; ++i) add(i, d + i);
+  }
+  for (; d < channels; ++d) add(0, d);
+  SEP_ATTN_UNROLL
+  for (int v = 0; v < kVectors; ++v) {
+    SEP_ATTN_UNROLL
+    for (int i = 1; i < kChains; ++i) sums[0][v] += sums[i][v];
+    scores[v] = sums[0][v];
   }
 }
 
-// sums[d] = scale * sums[d] + sum_v weights[v] x[v][d], a vector of lanes for each d; what lies
-// where `kept` is 0 stays out, whatever it is.
-template <bool kWhole, bool kMasked, typename S, typename T>
-SEP_ATTN_INLINE void add_strip(const S* const* x, const int64_t* counts, int64_t stride,
-                               const Vec<T>* weights, const Vec<T>* kept, Vec<T> scale,
-                               int64_t channels, T* sums) {
+// sums[d] = scale * sums[d] + sum_v weights[v] tokens[d][v], a vector of lanes for each d; what
+// lies where `kept` is 0 stays out, whatever it is.
+template <bool kMasked, int kVectors, typename T>
+SEP_ATTN_INLINE void add_strip(const T* tokens, const Vec<T>* weights, const Vec<T>* kept,
+                               Vec<T> scale, int64_t channels, T* sums) {
   for (int64_t d = 0; d < channels; ++d) {
     Vec<T> sum = load(sums + d * kLanes<T>) * scale;
     SEP_ATTN_UNROLL
-    for (int v = 0; v < kStripVectors; ++v) {
-      const S* at = x[v] + d * stride;
-      Vec<T> value = kWhole ? load(at) : load_first(at, counts[v]);
+    for (int v = 0; v < kVectors; ++v) {
+      Vec<T> value = load(tokens + (d * kVectors + v) * kLanes<T>);
       if (kMasked) value = kept[v] != zero<T>() ? value : zero<T>();
       sum += weights[v] * value;
     }
@@ -312,10 +329,10 @@ SEP_ATTN_INLINE void add_strip(const S* const* x, const int64_t* counts, int64_t
 }
 
 // Pools vectors [range) of a strip whose pixels are contiguous, every lane with a running maximum
-// of its own; then the lanes of each of its slices are combined. `sums` has room for [channels,
-// lanes].
-template <typename S>
-void pool_strip(const PoolOperands<S>& op, int64_t strip_index, Range range, Accumulate<S>* sums,
+// of its own; then the lanes of each of its slices are combined. `scratch` has room for
+// [channels, kVectors + 1, lanes].
+template <int kVectors, typename S>
+void pool_strip(const PoolOperands<S>& op, int64_t strip_index, Range range, Accumulate<S>* scratch,
                 Partial<Accumulate<S>>* partials, Accumulate<S>* pooled, int64_t pooled_stride) {
   using T = Accumulate<S>;
   constexpr int64_t lanes = kLanes<T>;
@@ -324,18 +341,20 @@ void pool_strip(const PoolOperands<S>& op, int64_t strip_index, Range range, Acc
   const Strip strip = make_strip<T>(op.grid, strip_index);
   const auto scores_out = contiguous_values<void>(op.grid, op.weights);
   const bool masked = op.key_padding_mask.data != nullptr;
+  T* sums = scratch;
+  T* copy = scratch + channels * lanes;
   const T lowest = -static_cast<T>(__builtin_huge_val());
   Vec<T> highest = broadcast<T>(lowest), sum = zero<T>(), weighted = zero<T>(), tokens = zero<T>();
   for (int64_t i = 0; i < channels * lanes; i += lanes) store(sums + i, zero<T>());
   alignas(64) T ramp[lanes], values[lanes];
   for (int64_t i = 0; i < lanes; ++i) ramp[i] = static_cast<T>(i);
 
-  for (int64_t first = range.begin; first < range.end; first += kStripVectors) {
-    const S* x[kStripVectors];
-    int64_t counts[kStripVectors];
-    StripVector places[kStripVectors];
+  for (int64_t first = range.begin; first < range.end; first += kVectors) {
+    const S* x[kVectors];
+    int64_t counts[kVectors];
+    StripVector places[kVectors];
     bool whole = true;
-    for (int64_t v = 0; v < kStripVectors; ++v) {
+    for (int64_t v = 0; v < kVectors; ++v) {
       const bool there = first + v < range.end;
       places[v] = strip_vector<T>(strip, there ? first + v : first);
       counts[v] = there ? places[v].count : 0;
@@ -343,14 +362,15 @@ void pool_strip(const PoolOperands<S>& op, int64_t strip_index, Range range, Acc
       x[v] = op.x + strip.image * op.grid.stride_batch + places[v].y * op.grid.stride_height +
              places[v].x * op.grid.stride_width;
     }
-    Vec<T> scores[kStripVectors], kept[kStripVectors];
+    Vec<T> scores[kVectors], kept[kVectors];
+    const auto weights = [&](int64_t d) { return broadcast<T>(op.score_weight[d]); };
     if (whole) {
-      score_strip<true>(x, counts, stride, op.score_weight, channels, scores);
+      dot_strip<true, kVectors>(x, counts, stride, weights, channels, copy, scores);
     } else {
-      score_strip<false>(x, counts, stride, op.score_weight, channels, scores);
+      dot_strip<false, kVectors>(x, counts, stride, weights, channels, copy, scores);
     }
     Vec<T> new_highest = highest;
-    for (int v = 0; v < kStripVectors; ++v) {
+    for (int v = 0; v < kVectors; ++v) {
       scores[v] += op.score_bias;
       if (op.weights != nullptr && counts[v] > 0) {
         store_first(static_cast<T*>(scores_out.data) + strip.image * scores_out.stride_batch +
@@ -373,7 +393,7 @@ void pool_strip(const PoolOperands<S>& op, int64_t strip_index, Range range, Acc
     highest = new_highest;
     sum *= scale;
     weighted *= scale;
-    for (int v = 0; v < kStripVectors; ++v) {
+    for (int v = 0; v < kVectors; ++v) {
       scores[v] = exponential<T>(scores[v] - shift);
       sum += scores[v];
       if (op.dropout_scale.data != nullptr && counts[v] > 0) {
@@ -385,11 +405,9 @@ void pool_strip(const PoolOperands<S>& op, int64_t strip_index, Range range, Acc
       weighted += scores[v];
     }
     if (masked) {
-      add_strip<false, true>(x, counts, stride, scores, kept, scale, channels, sums);
-    } else if (whole) {
-      add_strip<true, false>(x, counts, stride, scores, kept, scale, channels, sums);
+      add_strip<true, kVectors>(copy, scores, kept, scale, channels, sums);
     } else {
-      add_strip<false, false>(x, counts, stride, scores, kept, scale, channels, sums);
+      add_strip<false, kVectors>(copy, scores, kept, scale, channels, sums);
     }
   }
 
@@ -416,6 +434,19 @@ void pool_strip(const PoolOperands<S>& op, int64_t strip_index, Range range, Acc
       }
       store_first(target + d, reduce_sums<T>(rows), count);
     }
+  }
+}
+
+template <typename S>
+void pool_strip(const PoolOperands<S>& op, int64_t strip, Range range, Accumulate<S>* scratch,
+                Partial<Accumulate<S>>* partials, Accumulate<S>* pooled, int64_t pooled_stride) {
+  const int64_t fit = 8192 / (op.grid.channels * kLanes<Accumulate<S>>);  // the copy stays in cache
+  if (smaller(range.count(), fit) >= 4) {
+    pool_strip<4>(op, strip, range, scratch, partials, pooled, pooled_stride);
+  } else if (smaller(range.count(), fit) >= 2) {
+    pool_strip<2>(op, strip, range, scratch, partials, pooled, pooled_stride);
+  } else {
+    pool_strip<1>(op, strip, range, scratch, partials, pooled, pooled_stride);
   }
 }
 

@@ -112,6 +112,7 @@ struct AttentionForward {
   Activation activation;
   void* weights;     // acc tokens of x_prev, or null
   void* statistics;  // acc [S, 2D + 1]: pooled | context | weight_sum; or null
+  void* values;      // acc [tokens, D], before the activation; or null
   // Memory, zero at first, in which packed weights are kept for the next call; or null.
   void* packed_weights;
   int64_t packed_weights_bytes;
@@ -130,6 +131,7 @@ struct AttentionBackward {
   TokenValues<const void> dropout_scale;  // acc or null
   const void* weights;
   const void* statistics;
+  const void* values;  // acc [tokens, D], before the activation; null: computed again
   Activation activation;
   // Results in dtype, contiguous except grad_x and grad_x_prev; null: not wanted.
   void* grad_x;

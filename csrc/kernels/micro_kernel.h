@@ -26,18 +26,19 @@ struct Panels {
 
 enum class LeftOperand { kRows, kColumns };
 
-// result.finish(row, column, sum) receives result.start(row, column) + sum_k A[row, k] B[k, column]
-// for kRows x kVectors vectors. A[r, k] is a[r * stride + k] for kRows and a[k * stride + r] for
-// kColumns.
+// place = result.place(row, column) says where a block begins; place.finish(r, v, sum) receives
+// place.start(r, v) + sum_k A[row + r, k] B[k, column + v * lanes] for kRows x kVectors vectors.
+// A[r, k] is a[r * stride + k] for kRows and a[k * stride + r] for kColumns.
 template <typename T, LeftOperand kLeft, int kRows, int kVectors, typename Result>
 SEP_ATTN_INLINE void multiply_block(int64_t depth, const T* a, int64_t stride, const T* b,
                                     int64_t row_stride, int64_t row, int64_t column,
                                     const Result& result) {
+  const auto place = result.place(row, column);
   Vec<T> sums[kRows][kVectors];
   SEP_ATTN_UNROLL
   for (int r = 0; r < kRows; ++r) {
     SEP_ATTN_UNROLL
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = result.start(row + r, column + v * kLanes<T>);
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = place.start(r, v);
   }
   // A row's address is one of three bases plus 0 to 4 strides: few registers, nothing spilled.
   constexpr int kGroup = 5;
@@ -65,7 +66,7 @@ SEP_ATTN_INLINE void multiply_block(int64_t depth, const T* a, int64_t stride, c
   SEP_ATTN_UNROLL
   for (int r = 0; r < kRows; ++r) {
     SEP_ATTN_UNROLL
-    for (int v = 0; v < kVectors; ++v) result.finish(row + r, column + v * kLanes<T>, sums[r][v]);
+    for (int v = 0; v < kVectors; ++v) place.finish(r, v, sums[r][v]);
   }
 }
 

@@ -15,33 +15,40 @@
 namespace sep_attn {
 namespace SEP_ATTN_CAPABILITY {
 
-// A state for each lane of eight vectors. One changed value always changes its lane's state, and
-// rotation and multiplication spread a change over all bits of what follows.
-constexpr int64_t kFingerprintBytes = 8 * kVectorBytes;
+// Eight rows at a time, a state for each lane of a row's vectors. One changed value always changes
+// its lane's state, and rotation and multiplication spread a change over all bits of what follows.
+constexpr int kFingerprintRows = 8;
+constexpr int64_t kFingerprintBytes = kFingerprintRows * kVectorBytes;
 
 inline void fingerprint(const void* rows, int64_t stride_bytes, int64_t count, int64_t row_bytes,
                         void* result) {
   typedef uint32_t State __attribute__((vector_size(kVectorBytes)));
   typedef uint32_t Bits __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
-  State states[8];
-  for (int i = 0; i < 8; ++i) states[i] = State{} + 0x9e3779b9u * (i + 1);
+  State states[kFingerprintRows];
+  SEP_ATTN_UNROLL
+  for (int i = 0; i < kFingerprintRows; ++i) states[i] = State{} + 0x9e3779b9u * (i + 1);
   const auto mix = [](State& state, State bits) {
     state ^= bits;
     state = ((state << 15) | (state >> 17)) * 0x2c1b3c6du;
   };
-  for (int64_t row = 0; row < count; ++row) {
-    const char* data = static_cast<const char*>(rows) + row * stride_bytes;
-    int64_t at = 0;
-    for (; at + kFingerprintBytes <= row_bytes; at += kFingerprintBytes) {
+  const int64_t whole = row_bytes / kVectorBytes * kVectorBytes;
+  for (int64_t row = 0; row < count; row += kFingerprintRows) {
+    const char* at[kFingerprintRows];
+    SEP_ATTN_UNROLL
+    for (int i = 0; i < kFingerprintRows; ++i) {
+      at[i] = static_cast<const char*>(rows) + smaller(row + i, count - 1) * stride_bytes;
+    }
+    for (int64_t byte = 0; byte < whole; byte += kVectorBytes) {
       SEP_ATTN_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        mix(states[i], *reinterpret_cast<const Bits*>(data + at + i * kVectorBytes));
+      for (int i = 0; i < kFingerprintRows; ++i) {
+        mix(states[i], *reinterpret_cast<const Bits*>(at[i] + byte));
       }
     }
-    for (int i = 0; at < row_bytes; ++i, at += kVectorBytes) {
+    if (whole == row_bytes) continue;
+    SEP_ATTN_UNROLL
+    for (int i = 0; i < kFingerprintRows; ++i) {
       State bits{};
-      std::memcpy(&bits, data + at,
-                  static_cast<std::size_t>(smaller(kVectorBytes, row_bytes - at)));
+      std::memcpy(&bits, at[i] + whole, static_cast<std::size_t>(row_bytes - whole));
       mix(states[i], bits);
     }
   }

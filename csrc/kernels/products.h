@@ -15,9 +15,9 @@ namespace SEP_ATTN_CAPABILITY {
 constexpr int64_t kTileBlocks = kBlockRows == 14 ? 8 : 8;
 constexpr int64_t kTileRows = kTileBlocks * kBlockRows;
 
-// Workers worth starting for `tokens` of so many operations each: one for half a million.
+// Workers worth starting for `tokens` of so many operations each: one for every million.
 constexpr int64_t workers_for(int64_t tokens, int64_t operations, int64_t threads) {
-  return larger(1, smaller(smaller(threads, tokens), tokens * operations / (1 << 19)));
+  return larger(1, smaller(smaller(threads, tokens), tokens * operations / (1 << 20)));
 }
 
 // Cuts a range of tokens into tiles whose heights are whole numbers of nearly equal blocks; low
@@ -146,34 +146,62 @@ constexpr int64_t panels_in(int64_t columns) {
 
 // ---- Results of a product: what sums start from and where they go ----
 
+// place(row, column) is what a block of the product that begins there needs, read once: a store of
+// the block may change anything else for all that the compiler knows.
+
 template <typename T>
 struct StoreSum {
   T* target;
   int64_t stride;
 
-  SEP_ATTN_INLINE Vec<T> start(int64_t, int64_t) const { return zero<T>(); }
-  SEP_ATTN_INLINE void finish(int64_t row, int64_t column, Vec<T> sum) const {
-    store(target + row * stride + column, sum);
+  struct Place {
+    T* at;
+    int64_t stride;
+
+    SEP_ATTN_INLINE Vec<T> start(int, int) const { return zero<T>(); }
+    SEP_ATTN_INLINE void finish(int r, int v, Vec<T> sum) const {
+      store(at + r * stride + v * kLanes<T>, sum);
+    }
+  };
+  SEP_ATTN_INLINE Place place(int64_t row, int64_t column) const {
+    return {target + row * stride + column, stride};
   }
 };
 
 template <typename T>
-struct StoreBiased : StoreSum<T> {
+struct StoreBiased {
+  T* target;
+  int64_t stride;
   const T* bias;
 
-  SEP_ATTN_INLINE Vec<T> start(int64_t, int64_t column) const { return load(bias + column); }
+  struct Place : StoreSum<T>::Place {
+    const T* bias;
+
+    SEP_ATTN_INLINE Vec<T> start(int, int v) const { return load(bias + v * kLanes<T>); }
+  };
+  SEP_ATTN_INLINE Place place(int64_t row, int64_t column) const {
+    return {{target + row * stride + column, stride}, bias + column};
+  }
 };
 
 template <typename T>
-struct AddSum : StoreSum<T> {
-  // The target is on its way from memory while the product is computed.
-  SEP_ATTN_INLINE Vec<T> start(int64_t row, int64_t column) const {
-    __builtin_prefetch(this->target + row * this->stride + column, 1);
-    return zero<T>();
-  }
-  SEP_ATTN_INLINE void finish(int64_t row, int64_t column, Vec<T> sum) const {
-    T* at = this->target + row * this->stride + column;
-    store(at, load(at) + sum);
+struct AddSum {
+  T* target;
+  int64_t stride;
+
+  struct Place : StoreSum<T>::Place {
+    // The target is on its way from memory while the product is computed.
+    SEP_ATTN_INLINE Vec<T> start(int r, int v) const {
+      __builtin_prefetch(this->at + r * this->stride + v * kLanes<T>, 1);
+      return zero<T>();
+    }
+    SEP_ATTN_INLINE void finish(int r, int v, Vec<T> sum) const {
+      T* own = this->at + r * this->stride + v * kLanes<T>;
+      store(own, load(own) + sum);
+    }
+  };
+  SEP_ATTN_INLINE Place place(int64_t row, int64_t column) const {
+    return {{target + row * stride + column, stride}};
   }
 };
 
@@ -183,14 +211,37 @@ SEP_ATTN_INLINE Vec<T> activate(Vec<T> v) {
 }
 
 template <typename T, Activation kActivation>
-struct StoreGated : StoreBiased<T> {
+struct StoreGated {
+  T* target;
+  int64_t stride;
+  const T* bias;
   const T* const* context;  // of each row
   Rows<const T> next;       // the tile to come
+  Rows<T> values;           // receives the values before the activation, unless null
 
-  SEP_ATTN_INLINE void finish(int64_t row, int64_t column, Vec<T> v) const {
-    __builtin_prefetch(next.data + row * next.stride + column, 0, 2);
-    store(this->target + row * this->stride + column,
-          activate<T, kActivation>(v) * load(context[row] + column));
+  struct Place : StoreBiased<T>::Place {
+    const T* const* context;
+    int64_t column;
+    const T* next;
+    int64_t next_stride;
+    T* values;
+    int64_t values_stride;
+
+    SEP_ATTN_INLINE void finish(int r, int v, Vec<T> value) const {
+      if (values != nullptr) store(values + r * values_stride + v * kLanes<T>, value);
+      __builtin_prefetch(next + r * next_stride + v * kLanes<T>, 0, 2);
+      store(this->at + r * this->stride + v * kLanes<T>,
+            activate<T, kActivation>(value) * load(context[r] + column + v * kLanes<T>));
+    }
+  };
+  SEP_ATTN_INLINE Place place(int64_t row, int64_t column) const {
+    return {{{target + row * stride + column, stride}, bias + column},
+            context + row,
+            column,
+            next.data + row * next.stride + column,
+            next.stride,
+            values.data == nullptr ? nullptr : values.data + row * values.stride + column,
+            values.stride};
   }
 };
 
@@ -211,9 +262,17 @@ struct StoreLanes {
   LanePanel<T> target;
   const T* bias;  // of each row
 
-  SEP_ATTN_INLINE Vec<T> start(int64_t row, int64_t) const { return broadcast<T>(bias[row]); }
-  SEP_ATTN_INLINE void finish(int64_t row, int64_t column, Vec<T> sum) const {
-    store(target.at(row, column), sum);
+  struct Place {
+    T* at;
+    const T* bias;
+
+    SEP_ATTN_INLINE Vec<T> start(int r, int) const { return broadcast<T>(bias[r]); }
+    SEP_ATTN_INLINE void finish(int r, int v, Vec<T> sum) const {
+      store(at + r * kPanelWidth<T> + v * kLanes<T>, sum);
+    }
+  };
+  SEP_ATTN_INLINE Place place(int64_t row, int64_t column) const {
+    return {target.at(row, column), bias + row};
   }
 };
 
@@ -224,14 +283,23 @@ struct StoreTokens {
   int64_t stride, tokens;
   const T* bias;
 
-  SEP_ATTN_INLINE Vec<T> start(int64_t row, int64_t) const { return broadcast<T>(bias[row]); }
-  SEP_ATTN_INLINE void finish(int64_t row, int64_t column, Vec<T> sum) const {
-    T* at = target + row * stride + column;
-    if (tokens - column >= kLanes<T>) {
-      store(at, sum);
-    } else {
-      store_first(at, sum, tokens - column);
+  struct Place {
+    T* at;
+    int64_t stride, left;
+    const T* bias;
+
+    SEP_ATTN_INLINE Vec<T> start(int r, int) const { return broadcast<T>(bias[r]); }
+    SEP_ATTN_INLINE void finish(int r, int v, Vec<T> sum) const {
+      T* own = at + r * stride + v * kLanes<T>;
+      if (left >= (v + 1) * kLanes<T>) {
+        store(own, sum);
+      } else {
+        store_first(own, sum, left - v * kLanes<T>);
+      }
     }
+  };
+  SEP_ATTN_INLINE Place place(int64_t row, int64_t column) const {
+    return {target + row * stride + column, stride, tokens - column, bias + row};
   }
 };
 
@@ -243,14 +311,33 @@ struct LaneContext {
 };
 
 template <typename T, Activation kActivation>
-struct StoreGatedLanes : StoreLanes<T> {
+struct StoreGatedLanes {
+  LanePanel<T> target;
+  const T* bias;                   // of each row
   const LaneContext<T>* contexts;  // of each vector of tokens
+  LanePanel<T> values;             // receives the values before the activation, unless null
 
-  SEP_ATTN_INLINE void finish(int64_t row, int64_t column, Vec<T> v) const {
-    const LaneContext<T>& own = contexts[column / kLanes<T>];
-    const Vec<T> c =
-        own.shared != nullptr ? broadcast<T>(own.shared[row]) : load(own.lanes + row * kLanes<T>);
-    store(this->target.at(row, column), activate<T, kActivation>(v) * c);
+  struct Place : StoreLanes<T>::Place {
+    LaneContext<T> contexts[kPanelVectors];
+    int64_t row;
+    T* values;
+
+    SEP_ATTN_INLINE void finish(int r, int v, Vec<T> value) const {
+      if (values != nullptr) store(values + r * kPanelWidth<T> + v * kLanes<T>, value);
+      const LaneContext<T>& own = contexts[v];
+      const Vec<T> c = own.shared != nullptr ? broadcast<T>(own.shared[row + r])
+                                             : load(own.lanes + (row + r) * kLanes<T>);
+      StoreLanes<T>::Place::finish(r, v, activate<T, kActivation>(value) * c);
+    }
+  };
+  SEP_ATTN_INLINE Place place(int64_t row, int64_t column) const {
+    const LaneContext<T>* own = contexts + column / kLanes<T>;
+    Place place{{target.at(row, column), bias + row},
+                {},
+                row,
+                values.data == nullptr ? nullptr : values.at(row, column)};
+    for (int v = 0; v < kPanelVectors; ++v) place.contexts[v] = own[v];
+    return place;
   }
 };
 
@@ -260,15 +347,23 @@ struct StoreResult {
   S* target;
   int64_t stride, columns;
 
-  SEP_ATTN_INLINE Vec<Accumulate<S>> start(int64_t, int64_t) const { return zero<Accumulate<S>>(); }
-  SEP_ATTN_INLINE void finish(int64_t row, int64_t column, Vec<Accumulate<S>> sum) const {
-    S* at = target + row * stride + column;
-    const int64_t left = columns - column;
-    if (left >= kLanes<Accumulate<S>>) {
-      store(at, sum);
-    } else {
-      store_first(at, sum, left);
+  struct Place {
+    S* at;
+    int64_t stride, left;
+
+    SEP_ATTN_INLINE Vec<Accumulate<S>> start(int, int) const { return zero<Accumulate<S>>(); }
+    SEP_ATTN_INLINE void finish(int r, int v, Vec<Accumulate<S>> sum) const {
+      constexpr int64_t n = kLanes<Accumulate<S>>;
+      S* own = at + r * stride + v * n;
+      if (left >= (v + 1) * n) {
+        store(own, sum);
+      } else {
+        store_first(own, sum, left - v * n);
+      }
     }
+  };
+  SEP_ATTN_INLINE Place place(int64_t row, int64_t column) const {
+    return {target + row * stride + column, stride, columns - column};
   }
 };
 
