@@ -3,6 +3,8 @@ PYTHON ?= python3
 WORKERS ?= 2
 OUT ?= build/bench
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# The kernels' C++ tests are built beside the Python module, from the same objects.
+export CMAKE_ARGS = -DSEP_ATTN_BUILD_TESTS=ON
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,6 +32,8 @@ $(VENV)/built: $(VENV)/installed $(CPP) CMakeLists.txt setup.py
 	touch $@
 
 test: $(VENV)/built
+	for folder in build/temp.*/sep_attn-native; do \
+	  $(BIN)/ctest --test-dir $$folder --parallel $(WORKERS) --output-on-failure || exit; done
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --durations 10
 
 bench: $(VENV)/built
