@@ -36,7 +36,11 @@ class ScratchStack {
   static void release(void* memory) { ::operator delete(memory, std::align_val_t{kVectorBytes}); }
 
  private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr std::size_t kKept = 0;  // every array by itself, its ends watched
+#else
   static constexpr std::size_t kKept = std::size_t{32} << 20;
+#endif
   char* base_ = nullptr;
   std::size_t size_ = 0, used_ = 0, wanted_ = 0;
 };
