@@ -11,8 +11,8 @@ namespace SEP_ATTN_CAPABILITY {
 // 28 sums, 2 panel vectors and a broadcast in 32 registers
 constexpr int kBlockRows = 14, kPanelVectors = 2;
 #elif defined(__aarch64__)
-// 24 sums, 3 panel vectors and scalars in 32 registers: 11 loads for 24 multiplications, where 14
-// rows of 2 vectors would take 16 for 28; these cores load one to three times a multiplication.
+// 24 sums, 3 panel vectors and scalars in 32 registers. One side is read by element, so 24
+// multiplications take 11 loads; 14 rows of 2 vectors would take 16 for 28.
 constexpr int kBlockRows = 8, kPanelVectors = 3;
 #else
 // 12 sums, 2 panel vectors and a broadcast in 16 registers
