@@ -172,15 +172,15 @@ def _run_part(call: Call, inputs: dict[str, Tensor], backend: str) -> dict[str, 
     else:
         other = torch.randn(batch, dim, generator=generator)
         memory = call.weight_memory
-    in_half = other.to(torch.float16 if call.dtype == torch.float64 else call.dtype)
-    other = lay_out(in_half.to(x.dtype), "contiguous" if memory == "channels_last" else memory)
+    exact = other.bfloat16().half().to(x.dtype)  # the same numbers in every dtype
+    other = lay_out(exact, "contiguous" if memory == "channels_last" else memory)
     other = other.detach().requires_grad_()
     if call.function == "pool":
         mask = make_mask(call.case.mask, (batch, tokens), CPU) if call.case.mask else None
         out = functional.context_pool(x, other, key_padding_mask=mask, backend=backend)
     else:
         out = functional.gate(x, other, act=call.case.value_act, backend=backend)
-    direction = torch.randn(out.shape, generator=generator).to(torch.float16).to(out.dtype)
+    direction = torch.randn(out.shape, generator=generator).bfloat16().half().to(out.dtype)
     if call.function == "gate" and call.case.grad not in ("dense", "sum"):
         direction = lay_out(direction, call.case.grad)
     loss = out.sum() if call.case.grad == "sum" else (out * direction).sum()
