@@ -73,7 +73,7 @@ inline Vector vector(const MaybeTensor& tensor) {
 inline void* wanted(const MaybeTensor& tensor) { return tensor ? tensor->data() : nullptr; }
 
 inline void call_gate(const GateTensors& t, Threads threads) {
-  GateForward arguments;
+  GateForward arguments = {};
   arguments.dtype = kernel_type(t.v.type());
   arguments.v_grid = token_grid(t.shape, t.v);
   arguments.y_grid = token_grid(t.shape, t.y);
@@ -86,7 +86,7 @@ inline void call_gate(const GateTensors& t, Threads threads) {
 }
 
 inline void call_gate_backward(const GateTensors& t, Threads threads) {
-  GateBackward arguments;
+  GateBackward arguments = {};
   arguments.dtype = kernel_type(t.v.type());
   arguments.grad_y_grid = token_grid(t.shape, t.grad_y);
   arguments.v_grid = token_grid(t.shape, t.v);
@@ -102,7 +102,7 @@ inline void call_gate_backward(const GateTensors& t, Threads threads) {
 }
 
 inline void call_pool(const PoolTensors& t, Threads threads) {
-  ContextPoolForward arguments;
+  ContextPoolForward arguments = {};
   arguments.dtype = kernel_type(t.x.type());
   arguments.grid = token_grid(t.shape, t.x);
   arguments.x = t.x.data();
@@ -117,7 +117,7 @@ inline void call_pool(const PoolTensors& t, Threads threads) {
 }
 
 inline void call_pool_backward(const PoolTensors& t, Threads threads) {
-  ContextPoolBackward arguments;
+  ContextPoolBackward arguments = {};
   arguments.dtype = kernel_type(t.x.type());
   arguments.grid = token_grid(t.shape, t.x);
   arguments.grad_grid = token_grid(t.shape, t.grad_x);
@@ -136,7 +136,7 @@ inline void call_pool_backward(const PoolTensors& t, Threads threads) {
 
 inline void call_layer(const LayerTensors& t, Threads threads) {
   const Tensor& source = t.x_prev ? *t.x_prev : t.x;
-  AttentionForward arguments;
+  AttentionForward arguments = {};
   arguments.dtype = kernel_type(t.x.type());
   arguments.grid = token_grid(t.shape, t.x);
   arguments.prev_grid = token_grid(t.prev_shape, source);
@@ -158,7 +158,7 @@ inline void call_layer(const LayerTensors& t, Threads threads) {
 
 inline void call_layer_backward(const LayerTensors& t, Threads threads) {
   const Tensor& source = t.x_prev ? *t.x_prev : t.x;
-  AttentionBackward arguments;
+  AttentionBackward arguments = {};
   arguments.dtype = kernel_type(t.x.type());
   arguments.grad_out_grid = token_grid(t.shape, t.grad_out);
   arguments.grid = token_grid(t.shape, t.x);
