@@ -190,4 +190,9 @@ void separable_attention_backward(const AttentionBackward& arguments,
   table_for(kSeparableAttentionBackward).separable_attention_backward(arguments, parallel_for);
 }
 
+int64_t packed_weights_bytes(DType dtype, int64_t channels) {
+  const int index = active().load(std::memory_order_relaxed);
+  return kInstructionSets[index].table.packed_weights_bytes(dtype, channels);
+}
+
 }  // namespace sep_attn

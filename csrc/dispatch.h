@@ -33,5 +33,7 @@ void separable_attention_forward(const AttentionForward& arguments,
                                  const ParallelFor& parallel_for);
 void separable_attention_backward(const AttentionBackward& arguments,
                                   const ParallelFor& parallel_for);
+// The size of AttentionForward::packed_weights in the instruction set in use.
+int64_t packed_weights_bytes(DType dtype, int64_t channels);
 
 }  // namespace sep_attn

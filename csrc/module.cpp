@@ -24,5 +24,11 @@ PYBIND11_MODULE(_C, m) {
     return calls;
   });
   m.def("reset_kernel_calls", &sep_attn::reset_kernel_calls);
+  m.def(
+      "packed_weights_bytes",
+      [](const std::string& dtype, int64_t channels) {
+        return sep_attn::packed_weights_bytes(sep_attn::dtype_named(dtype), channels);
+      },
+      py::arg("dtype"), py::arg("channels"));
   m.def("poison_results", &sep_attn::poison_results, py::arg("enabled"));
 }

@@ -403,15 +403,16 @@ void expect_slices(const TokenGrid& grid, const TokenGrid& prev_grid, const Tens
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> separable_attention(
-    const Tensor& x, const OptionalTensor& x_prev, const Tensor& qkv_weight,
-    const OptionalTensor& qkv_bias, const Tensor& out_weight, const OptionalTensor& out_bias,
-    const OptionalTensor& key_padding_mask, const OptionalTensor& dropout_scale,
-    Activation activation, int64_t patch_h, int64_t patch_w) {
-  AttentionForward arguments;
+// What every form of the forward pass takes; results are left for the caller.
+AttentionForward attention_arguments(const Tensor& x, const OptionalTensor& x_prev,
+                                     const Tensor& qkv_weight, const OptionalTensor& qkv_bias,
+                                     const Tensor& out_weight, const OptionalTensor& out_bias,
+                                     const OptionalTensor& key_padding_mask,
+                                     const OptionalTensor& dropout_scale, Activation activation,
+                                     int64_t patch_h, int64_t patch_w) {
+  AttentionForward arguments{};
   const Tensor& keys = x_prev.has_value() ? *x_prev : x;
   const DType dtype = dtype_of(x, "x");
-  const DType acc = accumulation(dtype);
   const TokenGrid grid = token_grid(x, patch_h, patch_w, "x");
   const TokenGrid prev_grid =
       x_prev.has_value() ? token_grid(keys, patch_h, patch_w, "x_prev") : grid;
@@ -420,27 +421,46 @@ std::tuple<Tensor, Tensor, Tensor> separable_attention(
   expect_dtype(qkv_weight, dtype, "qkv_weight");
   expect_dtype(out_weight, dtype, "out_weight");
   const int64_t channels = grid.channels;
-  Tensor out = new_like(x);
-  Tensor weights = new_tokens(keys, prev_grid, acc);
-  Tensor statistics = new_tensor<2>({grid.slices(), 2 * channels + 1}, acc);
 
   arguments.dtype = dtype;
   arguments.grid = grid;
   arguments.prev_grid = prev_grid;
-  arguments.out_grid = token_grid(out, grid, "out");
   arguments.x = x.const_data_ptr();
   arguments.x_prev = keys.const_data_ptr();
-  arguments.out = out.mutable_data_ptr();
   arguments.qkv_weight = matrix(qkv_weight, 1 + 2 * channels, channels, "qkv_weight");
   arguments.qkv_bias = vector(qkv_bias, dtype, 1 + 2 * channels, "qkv_bias");
   arguments.out_weight = matrix(out_weight, channels, channels, "out_weight");
   arguments.out_bias = vector(out_bias, dtype, channels, "out_bias");
   arguments.key_padding_mask = token_mask(key_padding_mask, prev_grid, "key_padding_mask");
-  arguments.dropout_scale = token_values(dropout_scale, prev_grid, acc, "dropout_scale");
+  arguments.dropout_scale =
+      token_values(dropout_scale, prev_grid, accumulation(dtype), "dropout_scale");
   arguments.activation = activation;
+  return arguments;
+}
+
+Tensor run_attention(AttentionForward& arguments, const Tensor& x) {
+  Tensor out = new_like(x);
+  arguments.out_grid = token_grid(out, arguments.grid, "out");
+  arguments.out = out.mutable_data_ptr();
+  separable_attention_forward(arguments, parallel_for());
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> separable_attention(
+    const Tensor& x, const OptionalTensor& x_prev, const Tensor& qkv_weight,
+    const OptionalTensor& qkv_bias, const Tensor& out_weight, const OptionalTensor& out_bias,
+    const OptionalTensor& key_padding_mask, const OptionalTensor& dropout_scale,
+    Activation activation, int64_t patch_h, int64_t patch_w) {
+  AttentionForward arguments =
+      attention_arguments(x, x_prev, qkv_weight, qkv_bias, out_weight, out_bias, key_padding_mask,
+                          dropout_scale, activation, patch_h, patch_w);
+  const DType acc = accumulation(arguments.dtype);
+  const TokenGrid& grid = arguments.grid;
+  Tensor weights = new_tokens(x_prev.has_value() ? *x_prev : x, arguments.prev_grid, acc);
+  Tensor statistics = new_tensor<2>({grid.slices(), 2 * grid.channels + 1}, acc);
   arguments.weights = weights.mutable_data_ptr();
   arguments.statistics = statistics.mutable_data_ptr();
-  separable_attention_forward(arguments, parallel_for());
+  Tensor out = run_attention(arguments, x);
   return {std::move(out), std::move(weights), std::move(statistics)};
 }
 
@@ -450,9 +470,30 @@ Tensor separable_attention_inference(const Tensor& x, const OptionalTensor& x_pr
                                      const OptionalTensor& key_padding_mask,
                                      const OptionalTensor& dropout_scale, Activation activation,
                                      int64_t patch_h, int64_t patch_w) {
-  return std::get<0>(separable_attention(x, x_prev, qkv_weight, qkv_bias, out_weight, out_bias,
-                                         key_padding_mask, dropout_scale, activation, patch_h,
-                                         patch_w));
+  AttentionForward arguments =
+      attention_arguments(x, x_prev, qkv_weight, qkv_bias, out_weight, out_bias, key_padding_mask,
+                          dropout_scale, activation, patch_h, patch_w);
+  return run_attention(arguments, x);
+}
+
+// The shortest way: self-attention in a layout that needs no patch size but patch_h and patch_w (0
+// where there is none), with packed weights kept in memory of the caller's.
+Tensor separable_attention_packed(const Tensor& x, const Tensor& qkv_weight,
+                                  const OptionalTensor& qkv_bias, const Tensor& out_weight,
+                                  const OptionalTensor& out_bias, const Tensor& packed_weights,
+                                  bool relu, int64_t patch_h, int64_t patch_w) {
+  const Activation activation = relu ? Activation::kRelu : Activation::kIdentity;
+  const bool patches = patch_h > 0;
+  if (patches && x.dim() == 3) fail("x", shape_of(x), "[B, D, H, W] with patch_size");
+  if (!patches) patch_h = x.dim() == 4 ? std::max<int64_t>(1, x.size(2)) : 1;
+  AttentionForward arguments =
+      attention_arguments(x, {}, qkv_weight, qkv_bias, out_weight, out_bias, {}, {}, activation,
+                          patch_h, patches ? patch_w : 1);
+  if (arguments.grid.height * arguments.grid.width == 0) fail("x", shape_of(x), "tokens");
+  if (!packed_weights.is_contiguous()) fail("packed_weights", "strided", "contiguous memory");
+  arguments.packed_weights = packed_weights.mutable_data_ptr();
+  arguments.packed_weights_bytes = packed_weights.numel() * packed_weights.element_size();
+  return run_attention(arguments, x);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_attention_grad(
@@ -524,10 +565,18 @@ STABLE_TORCH_LIBRARY_IMPL(sep_attn, CPU, m) {
   m.impl("gate_backward_native", TORCH_BOX(&gate_grad));
   m.impl("separable_attention_native", TORCH_BOX(&separable_attention));
   m.impl("separable_attention_inference_native", TORCH_BOX(&separable_attention_inference));
+  m.impl("separable_attention_packed_native", TORCH_BOX(&separable_attention_packed));
   m.impl("separable_attention_backward_native", TORCH_BOX(&separable_attention_grad));
 }
 
 }  // namespace
+
+DType dtype_named(const std::string& name) {
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64}) {
+    if (name == name_of(dtype)) return dtype;
+  }
+  fail("dtype", "'" + name + "'", "float32, float64, bfloat16 or float16");
+}
 
 void poison_results(bool enabled) { poisoned.store(enabled, std::memory_order_relaxed); }
 

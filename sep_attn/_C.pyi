@@ -21,5 +21,8 @@ def kernel_calls() -> dict[str, int]:
 def reset_kernel_calls() -> None:
     """Sets every count to 0."""
 
+def packed_weights_bytes(dtype: str, channels: int) -> int:
+    """How much memory `separable_attention_packed` keeps packed weights in."""
+
 def poison_results(enabled: bool) -> None:
     """For tests: fills results with NaN before a kernel runs, so that a value left out shows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 from sep_attn import ops, reference
 from sep_attn.backends import resolve
 from sep_attn.layout import token_shape
+from sep_attn.packed_weights import PackedWeights
 from sep_attn.validation import (
     autocast_enabled,
     check_context_pool,
@@ -137,6 +138,47 @@ def separable_attention(
         else:
             return ops.separable_attention_inference("native", *arguments)
         return (out, weights.to(x.dtype)) if need_weights else out
+
+
+def separable_attention_packed(
+    x: Tensor,
+    qkv_proj: Mapping[str, Tensor | None],
+    out_proj: Mapping[str, Tensor | None],
+    value_act: str,
+    patch_size: tuple[int, int] | None,
+    packed: PackedWeights,
+) -> Tensor | None:
+    """The shortest way through :func:`separable_attention`, for calls from Python in eval.
+
+    ``qkv_proj`` and ``out_proj`` hold the projections' ``weight`` and ``bias``. One operator checks
+    the arguments and computes. None when it cannot serve the call: a gradient is wanted, a tensor
+    is not a plain CPU tensor, autocast or a compiler is at work, or an argument does not fit;
+    :func:`separable_attention` then serves it or says what is wrong.
+    """
+    if (
+        torch.is_grad_enabled()
+        or type(x) is not Tensor
+        or not x.is_cpu
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    try:
+        qkv_weight, out_weight = qkv_proj["weight"], out_proj["weight"]
+        patch_h, patch_w = patch_size or (0, 0)
+        return ops.separable_attention_packed(
+            x,
+            qkv_weight,
+            qkv_proj["bias"],
+            out_weight,
+            out_proj["bias"],
+            packed.memory if packed.memory is not None else packed.allocate(qkv_weight),
+            value_act == "relu",
+            patch_h,
+            patch_w,
+        )
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        return None
 
 
 def _differentiated(tensors: Iterable[Tensor | None]) -> bool:

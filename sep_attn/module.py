@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sep_attn.functional import separable_attention
+from sep_attn.functional import separable_attention, separable_attention_packed
+from sep_attn.packed_weights import PackedWeights
 from sep_attn.validation import (
     ACTIVATIONS,
     BACKENDS,
@@ -77,6 +78,7 @@ class SeparableAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
+        self._packed_weights = PackedWeights()
 
     def forward(
         self,
@@ -87,6 +89,25 @@ class SeparableAttention(nn.Module):
         need_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Arguments, results and errors of :func:`sep_attn.functional.separable_attention`."""
+        if (
+            not self.training
+            and x_prev is None
+            and key_padding_mask is None
+            and not need_weights
+            and self.backend in ("auto", "native")
+        ):
+            # nn.Module's own look-up of a child or parameter takes a microsecond each
+            modules = self._modules
+            out = separable_attention_packed(
+                x,
+                modules["qkv_proj"]._parameters,
+                modules["out_proj"]._parameters,
+                self.value_act,
+                self.patch_size,
+                self._packed_weights,
+            )
+            if out is not None:
+                return out
         qkv_proj, out_proj = self.qkv_proj, self.out_proj
         result = separable_attention(
             x,
@@ -107,6 +128,16 @@ class SeparableAttention(nn.Module):
         if isinstance(result, tuple):
             return self.proj_drop(result[0]), result[1]
         return self.proj_drop(result)
+
+    def train(self, mode: bool = True) -> SeparableAttention:
+        """As ``nn.Module.train``; nothing packed is kept in training."""
+        if mode:
+            self._packed_weights.release()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> SeparableAttention:
+        self._packed_weights.release()
+        return super()._apply(*args, **kwargs)
 
     def extra_repr(self) -> str:
         parts = [f"embed_dim={self.embed_dim}", f"value_act={self.value_act!r}"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import types
 
-import torch  # noqa: F401  (loads libtorch, whose symbols _C takes)
+import torch  # loads libtorch, whose symbols _C takes
 
 from sep_attn.version import __version__
 
@@ -82,6 +82,11 @@ def kernel_calls() -> dict[str, int]:
 def reset_kernel_calls() -> None:
     """Sets every count to 0."""
     _loaded().reset_kernel_calls()
+
+
+def packed_weights_bytes(dtype: torch.dtype, dim: int) -> int:
+    """Bytes in which the packed weights of a layer are kept (:mod:`sep_attn.packed_weights`)."""
+    return _loaded().packed_weights_bytes(str(dtype).removeprefix("torch."), dim)
 
 
 def poison_results(enabled: bool) -> None:

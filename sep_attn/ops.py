@@ -11,7 +11,8 @@ and *acc* is the accumulation dtype, float32, or float64 for float64.
 ``context_pool``      ``pooled [S, D] acc``, ``weight_sum [S] acc``, ``weights tokens acc``
 ``gate``              ``act(v) * context[slice]``
 ``separable_attention`` ``out``, ``weights tokens acc``, ``statistics [S, 2 D + 1] acc``: pooled
-                      input, context and weight sum of each slice; ``_inference``: ``out``
+                      input, context and weight sum of each slice; ``_inference``: ``out``;
+                      ``_packed``: ``out``, with packed weights kept in the caller's memory
 ==================== ===============================================================================
 """
 
@@ -183,6 +184,10 @@ def _separable_attention_inference_fake(x: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(x)
 
 
+def _separable_attention_packed_fake(x: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _separable_attention_backward_fake(
     grad_out: Tensor,
     grad_weights: Tensor | None,
@@ -288,6 +293,10 @@ _SEPARABLE_ATTENTION = (
     _SEPARABLE_ATTENTION_ARGUMENTS + " -> (Tensor out, Tensor weights, Tensor statistics)"
 )
 _SEPARABLE_ATTENTION_INFERENCE = _SEPARABLE_ATTENTION_ARGUMENTS + " -> Tensor"
+_SEPARABLE_ATTENTION_PACKED = (
+    "(Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor out_weight, Tensor? out_bias,"
+    " Tensor(a!) packed_weights, bool relu, int patch_h, int patch_w) -> Tensor"
+)
 _SEPARABLE_ATTENTION_BACKWARD = (
     "(Tensor grad_out, Tensor? grad_weights, Tensor x, Tensor? x_prev, Tensor qkv_weight,"
     " Tensor? qkv_bias, Tensor out_weight, Tensor? dropout_scale, Tensor weights,"
@@ -300,6 +309,7 @@ _POOL_AND_GATE = ("context_pool", "context_pool_backward", "gate", "gate_backwar
 _LAYER = (
     "separable_attention",
     "separable_attention_inference",
+    "separable_attention_packed",
     "separable_attention_backward",
 )
 
@@ -321,6 +331,11 @@ _define(
     "separable_attention_inference_native",
     _SEPARABLE_ATTENTION_INFERENCE,
     _separable_attention_inference_fake,
+)
+_define(
+    "separable_attention_packed_native",
+    _SEPARABLE_ATTENTION_PACKED,
+    _separable_attention_packed_fake,
 )
 _define(
     "separable_attention_backward_native",
@@ -364,6 +379,10 @@ def gate(backend: str, *args: Any) -> Tensor:
 
 def separable_attention(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _operator("separable_attention", backend)(*args)
+
+
+# The calls that come here are the shortest: not even OpOverload.__call__ stands between.
+separable_attention_packed = _operator("separable_attention_packed", "native")._op
 
 
 def separable_attention_inference(backend: str, *args: Any) -> Tensor:

@@ -8,10 +8,12 @@
 #include "attention_pool.h"
 #include "kernels.h"
 #include "micro_kernel.h"
+#include "packed_weights.h"
 #include "products.h"
 #include "scratch.h"
 #include "simd.h"
 #include "tokens.h"
+#include "workers.h"
 
 namespace sep_attn {
 namespace SEP_ATTN_CAPABILITY {
@@ -29,16 +31,19 @@ class AttentionForwardPass {
         channels_(op.grid.channels),
         slices_(op.grid.slices()),
         tokens_(op.grid.batch * op.grid.height * op.grid.width),
-        slice_tokens_(op.prev_grid.slice_tokens()),
         padded_(round_up(channels_, kWidth)),
         tile_stride_(padded_ + kLanes<T>),
         tile_size_(larger(kTileRows, kChunkTokens) * tile_stride_),
-        segments_(segments_in(slice_tokens_, channels_)),
-        workers_(larger(1, smaller(parallel.threads, tokens_))),
-        whole_slices_(units(op.grid) % workers_ == 0),
+        workers_(workers_for(tokens_, 4 * channels_ * channels_, parallel.threads)),
+        pools_strips_(op.prev_grid.stride_width == 1 && op.prev_grid.stride_channel != 1 &&
+                      kLanes<T> % op.prev_grid.patch_w == 0),
+        unit_slices_(pools_strips_ ? op.prev_grid.patch_w : 1),
+        units_(slices_ / unit_slices_),
+        segments_(segments_in(op.prev_grid.slice_tokens() * unit_slices_, channels_)),
         qkv_weight_(op.qkv_weight, 1 + 2 * channels_, channels_),
         out_weight_(op.out_weight, channels_, channels_),
         vectors_(4 * padded_),
+        statistics_(op.statistics == nullptr ? slices_ * (2 * channels_ + 1) : 0),
         partials_(slices_ * segments_),
         partial_pooled_(slices_ * segments_ * padded_),
         softmax_(slices_),
@@ -75,101 +80,93 @@ class AttentionForwardPass {
   T* key_bias() const { return vectors_.get() + padded_; }
   T* value_bias() const { return vectors_.get() + 2 * padded_; }
   T* out_bias() const { return vectors_.get() + 3 * padded_; }
-  T* tile(int64_t worker) const { return tiles_.get() + worker * 3 * tile_size_; }
-  T* statistics(int64_t slice) const {
-    return static_cast<T*>(op_.statistics) + slice * (2 * channels_ + 1);
+  T* tile(const Worker& worker) const { return tiles_.get() + worker.index() * 3 * tile_size_; }
+  T* statistics() const {
+    return op_.statistics != nullptr ? static_cast<T*>(op_.statistics) : statistics_.get();
   }
+  T* statistics(int64_t slice) const { return statistics() + slice * (2 * channels_ + 1); }
   T* context(int64_t slice) const { return statistics(slice) + channels_; }
   const S* x() const { return static_cast<const S*>(op_.x); }
   S* out() const { return static_cast<S*>(op_.out); }
 
   // ---- The steps ----
 
-  void pool(int64_t worker) {
-    const Range pairs = share(slices_ * segments_, worker, workers_);
-    for (int64_t i = pairs.begin; i < pairs.end; ++i) {
-      partials_[i] =
-          pool_segment(pool_, i / segments_, share(slice_tokens_, i % segments_, segments_),
-                       tile(worker), tile_stride_, partial_pooled_.get() + i * padded_);
-    }
+  // Partials of every slice: those of one unit (a strip, or a slice) and segment lie together.
+  void pool(Worker& worker) const {
+    worker.share_out(units_ * segments_, [&](int64_t i) {
+      const int64_t unit = i / segments_;
+      Partial<T>* partials = partials_.get() + i * unit_slices_;
+      T* pooled = partial_pooled_.get() + i * unit_slices_ * padded_;
+      if (pools_strips_) {
+        const Range vectors =
+            share(make_strip<T>(pool_.grid, unit).vectors, i % segments_, segments_);
+        pool_strip(pool_, unit, vectors, tile(worker), partials, pooled, padded_);
+      } else {
+        const Range tokens = share(pool_.grid.slice_tokens(), i % segments_, segments_);
+        *partials = pool_rows(pool_, unit, tokens, tile(worker), tile_stride_, pooled);
+      }
+    });
   }
 
-  void combine(int64_t slice) {
-    softmax_[slice] = combine_partials(
-        partials_.get() + slice * segments_, partial_pooled_.get() + slice * segments_ * padded_,
-        padded_, segments_, channels_, statistics(slice), statistics(slice) + 2 * channels_);
+  void combine(Worker& worker) const {
+    worker.share_out(slices_, [&](int64_t slice) {
+      const int64_t first = slice / unit_slices_ * segments_ * unit_slices_ + slice % unit_slices_;
+      softmax_[slice] = combine_partials(
+          partials_.get() + first, partial_pooled_.get() + first * padded_, padded_, unit_slices_,
+          segments_, channels_, statistics(slice), statistics(slice) + 2 * channels_);
+    });
+    worker.wait();
   }
 
-  void project(Range slices, Range rows) {
-    project_context(qkv_weight_, key_bias(), channels_, slices, rows,
-                    static_cast<T*>(op_.statistics));
+  void project(Range slices, Range rows) const {
+    project_context(qkv_weight_, key_bias(), channels_, slices, rows, statistics());
   }
 
-  void normalise(int64_t worker) {
-    const Range pairs = share(slices_ * segments_, worker, workers_);
-    for (int64_t i = pairs.begin; i < pairs.end; ++i) {
-      normalise_weights(pool_, i / segments_, share(slice_tokens_, i % segments_, segments_),
-                        softmax_[i / segments_]);
-    }
+  // Every slice's context; rows of W_K are read once for a group of slices.
+  void make_contexts(Worker& worker) const {
+    combine(worker);
+    const int64_t row_parts = workers_ == 1 ? 1 : (channels_ + 31) / 32;
+    const int64_t slice_parts = (slices_ + 15) / 16;
+    worker.share_out(row_parts * slice_parts, [&](int64_t i) {
+      project(share(slices_, i / row_parts, slice_parts),
+              share(channels_, i % row_parts, row_parts));
+    });
+    normalise(worker);
+    worker.wait();
   }
 
-  // Groups of consecutive tokens that hold whole slices.
-  static int64_t units(const TokenGrid& grid) {
-    return grid.patch_w == 1 && grid.height == grid.patch_h ? grid.slices() : grid.batch;
-  }
-
-  void make_own_contexts(int64_t worker) {
-    const Range own = share(slices_, worker, workers_);
-    for (int64_t slice = own.begin; slice < own.end; ++slice) combine(slice);
-    project(own, {0, channels_});
-  }
-
-  // Every slice's context, in parallel where there is enough of it.
-  void make_contexts() {
-    const int64_t parts = smaller(workers_, larger(1, slices_ * channels_ * channels_ / 32768));
-    if (slices_ >= parts) {
-      run_tasks(parallel_, parts, [&](int64_t part) {
-        const Range own = share(slices_, part, parts);
-        for (int64_t slice = own.begin; slice < own.end; ++slice) combine(slice);
-        project(own, {0, channels_});
-      });
-    } else {
-      for (int64_t slice = 0; slice < slices_; ++slice) combine(slice);
-      run_tasks(parallel_, parts,
-                [&](int64_t part) { project({0, slices_}, share(channels_, part, parts)); });
-    }
+  void normalise(Worker& worker) const {
+    if (op_.weights == nullptr) return;
+    const int64_t strips = pool_.grid.batch * pool_.grid.patch_h;
+    const int64_t parts = segments_in(pool_.grid.slice_tokens() * pool_.grid.patch_w, channels_);
+    worker.share_out(strips * parts, [&](int64_t i) {
+      const int64_t strip = i / parts;
+      normalise_weights(pool_, strip,
+                        share(make_strip<T>(pool_.grid, strip).vectors, i % parts, parts),
+                        softmax_.get() + strip * pool_.grid.patch_w);
+    });
   }
 
   // ---- Tokens as rows, weights packed into panels ----
 
   void run_rows() {
-    const int64_t panels = panels_in<T>(channels_);
-    const int64_t panel_size = channels_ * kWidth;
-    const Buffer<T> packed(2 * panels * panel_size);
-    run_tasks(parallel_, workers_, [&](int64_t worker) {
+    const PackedWeights<S> packed(op_.packed_weights, op_.packed_weights_bytes, qkv_weight_,
+                                  out_weight_, channels_);
+    const Tiles tiles({0, tokens_}, workers_);
+    run_workers(parallel_, workers_, [&](Worker& worker) {
+      worker.share_out(packed.count(), [&](int64_t i) { packed.prepare(i); });
       pool(worker);
-      const Range packs = share(2 * panels, worker, workers_);
-      for (int64_t i = packs.begin; i < packs.end; ++i) {
-        const bool value = i < panels;
-        const int64_t panel = value ? i : i - panels;
-        pack_panel(value ? qkv_weight_.row(1 + channels_) : out_weight_.row(0), int64_t{1},
-                   value ? qkv_weight_.stride() : out_weight_.stride(), channels_, channels_,
-                   panel * kWidth, packed.get() + i * panel_size);
-      }
-    });
-    if (!whole_slices_) make_contexts();
-    run_tasks(parallel_, workers_, [&](int64_t worker) {
-      if (whole_slices_) make_own_contexts(worker);
-      normalise(worker);
-      const Tiles own(share(tokens_, worker, workers_));
-      for (int64_t i = own.count - 1; i >= 0; --i) {  // the last tokens pooled are in cache
-        run_row_tile(own[i], {packed.get(), panel_size, kWidth},
-                     {packed.get() + panels * panel_size, panel_size, kWidth}, tile(worker));
-      }
+      worker.wait();
+      make_contexts(worker);
+      // The last tokens pooled are in cache.
+      worker.share_out(
+          tiles.count,
+          [&](int64_t i) { run_row_tile(tiles[i], packed.value(), packed.out(), tile(worker)); },
+          Order::kBackward);
     });
   }
 
-  void run_row_tile(Range tokens, Panels<T> value_panels, Panels<T> out_panels, T* x_tile) {
+  void run_row_tile(Range tokens, Panels<T> value_panels, Panels<T> out_panels, T* x_tile) const {
     const int64_t first = tokens.begin;
     const int64_t count = tokens.count();
     T* gated_tile = x_tile + tile_size_;
@@ -221,35 +218,67 @@ class AttentionForwardPass {
     }
     return {converted.get(), converted.get() + channels_ * channels_, channels_, channels_};
   }
-  void convert_weights(const Buffer<T>& converted, int64_t worker) const {
+  void convert_weights(const Buffer<T>& converted, Worker& worker) const {
     if (std::is_same<S, T>::value) return;
-    const Range own = share(channels_, worker, workers_);
-    copy_rows(qkv_weight_.row(1 + channels_ + own.begin), qkv_weight_.stride(), own.count(),
-              channels_, converted.get() + own.begin * channels_, channels_);
-    copy_rows(out_weight_.row(own.begin), out_weight_.stride(), own.count(), channels_,
-              converted.get() + (channels_ + own.begin) * channels_, channels_);
+    const int64_t parts = (channels_ + 31) / 32;
+    worker.share_out(parts, [&](int64_t part) {
+      const Range own = share(channels_, part, parts);
+      copy_rows(qkv_weight_.row(1 + channels_ + own.begin), qkv_weight_.stride(), own.count(),
+                channels_, converted.get() + own.begin * channels_, channels_);
+      copy_rows(out_weight_.row(own.begin), out_weight_.stride(), own.count(), channels_,
+                converted.get() + (channels_ + own.begin) * channels_, channels_);
+    });
   }
 
-  // The context each vector of tokens is gated by; tokens of several slices in one vector have
-  // theirs written to `mixed`, rows [rows) only.
-  void lane_contexts(Range tokens, Range rows, const T** contexts, LanePanel<T> mixed) const {
-    TokenWalk walk(op_.grid, tokens.begin);
+  // The context that each vector of tokens is gated by, rows [rows) only. Where a vector holds
+  // tokens of several slices, `mixed` receives their contexts, a vector a row.
+  void lane_contexts(Range tokens, Range rows, LaneContext<T>* contexts, T* mixed) const {
+    typedef IntVec<T> Mask;
+    int64_t slices[kLanes<T>], before[kLanes<T>];
+    const T* before_lanes = nullptr;
     for (int64_t first = 0; first < tokens.count(); first += kLanes<T>) {
+      LaneContext<T>& own = contexts[first / kLanes<T>];
       const int64_t count = smaller(kLanes<T>, tokens.count() - first);
-      int64_t slices[kLanes<T>];
-      bool same = true;
-      for (int64_t i = 0; i < count; ++i, walk.next()) {
-        slices[i] = walk.slice();
-        same = same && slices[i] == slices[0];
+      TokenWalk walk(op_.grid, tokens.begin + first);
+      if (walk.run() >= count) {
+        own = {context(walk.slice()) + rows.begin, nullptr};
+        continue;
       }
-      contexts[first / kLanes<T>] = same ? context(slices[0]) + rows.begin : nullptr;
-      if (same) continue;
-      for (int64_t row = rows.begin; row < rows.end; ++row) {
-        T* lanes = mixed.at(row - rows.begin, first);
-        for (int64_t i = 0; i < kLanes<T>; ++i) {
-          lanes[i] = i < count ? context(slices[i])[row] : T{0};
+      const T* pieces[kLanes<T>];
+      Mask masks[kLanes<T>];
+      int64_t piece_slices[kLanes<T>];
+      int64_t used = 0;
+      bool same = before_lanes != nullptr;
+      for (int64_t i = 0; i < kLanes<T>; ++i) {
+        slices[i] = i < count ? walk.slice() : slices[0];
+        if (i < count) walk.next();
+        same = same && slices[i] == before[i];
+      }
+      if (same) {
+        own = {nullptr, before_lanes};
+        continue;
+      }
+      for (int64_t i = 0; i < kLanes<T>; ++i) {
+        before[i] = slices[i];
+        int64_t piece = 0;
+        while (piece < used && piece_slices[piece] != slices[i]) ++piece;
+        if (piece == used) {
+          piece_slices[used] = slices[i];
+          pieces[used] = context(slices[i]);
+          masks[used++] = Mask{};
         }
+        masks[piece][i] = -1;
       }
+      T* lanes = mixed + first * rows.count();
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
+        Vec<T> value = broadcast<T>(pieces[0][row]);
+        for (int64_t piece = 1; piece < used; ++piece) {
+          value = masks[piece] ? broadcast<T>(pieces[piece][row]) : value;
+        }
+        store(lanes + (row - rows.begin) * kLanes<T>, value);
+      }
+      before_lanes = lanes;
+      own = {nullptr, lanes};
     }
   }
 
@@ -257,53 +286,50 @@ class AttentionForwardPass {
   void run_lanes_by_rows() {
     const int64_t panels = panels_in<T>(tokens_);
     const int64_t panel_size = channels_ * kWidth;
-    const Buffer<T> lanes(3 * panels * panel_size);
+    const int64_t blocks = (channels_ + kBlockRows - 1) / kBlockRows;
+    const int64_t parts = workers_ == 1 ? 1 : blocks;
+    const int64_t part_rows = workers_ == 1 ? channels_ : kBlockRows;
+    const Buffer<T> lanes(2 * panels * panel_size);
     const Buffer<T> converted(converted_size());
-    const Buffer<T> out_tiles(workers_ * panels * kTileRows * kWidth);
-    const Buffer<const T*> contexts(workers_ * panels * kPanelVectors);
+    const Buffer<T> worker_tiles(workers_ * 2 * panels * part_rows * kWidth);
+    const Buffer<LaneContext<T>> contexts(workers_ * panels * kPanelVectors);
     const LanePanel<T> x_lanes = {lanes.get(), panel_size};
     const LanePanel<T> gated_lanes = {x_lanes.data + panels * panel_size, panel_size};
-    const LanePanel<T> mixed = {gated_lanes.data + panels * panel_size, panel_size};
     const LaneWeights weights = lane_weights(converted);
-    run_tasks(parallel_, workers_, [&](int64_t worker) {
-      pool(worker);
-      convert_weights(converted, worker);
-      const Range own = share(panels, worker, workers_);
-      for (int64_t panel = own.begin; panel < own.end; ++panel) {
-        gather_channels(op_.grid, x(), panel * kWidth, smaller(kWidth, tokens_ - panel * kWidth),
-                        x_lanes.data + panel * panel_size, kWidth, kWidth);
-      }
-    });
-    for (int64_t slice = 0; slice < slices_; ++slice) combine(slice);
-    const int64_t blocks = (channels_ + kBlockRows - 1) / kBlockRows;
-    const auto own_rows = [&](int64_t worker) {
-      const Range own = share(blocks, worker, workers_);
-      return Range{channels_ * own.begin / blocks, channels_ * own.end / blocks};
+    const int64_t x_vectors = panels * kPanelVectors;
+    const auto rows_of = [&](int64_t part) {
+      return Range{channels_ * part / parts, channels_ * (part + 1) / parts};
     };
-    run_tasks(parallel_, workers_, [&](int64_t worker) {
+    run_workers(parallel_, workers_, [&](Worker& worker) {
+      LaneContext<T>* own_contexts = contexts.get() + worker.index() * panels * kPanelVectors;
+      T* own_tile = worker_tiles.get() + worker.index() * 2 * panels * part_rows * kWidth;
+      convert_weights(converted, worker);
+      worker.share_out(x_vectors, [&](int64_t i) {
+        const int64_t first = i * kLanes<T>;
+        gather_channels(op_.grid, x(), smaller(first, tokens_),
+                        larger(0, smaller(kLanes<T>, tokens_ - first)), x_lanes.at(0, first),
+                        kWidth, int64_t{kLanes<T>});
+      });
+      pool(worker);
+      worker.wait();
+      combine(worker);
       normalise(worker);
-      const Range rows = own_rows(worker);
-      project({0, slices_}, rows);
-      const T** own_contexts = contexts.get() + worker * panels * kPanelVectors;
-      const LanePanel<T> own_mixed = {mixed.data + rows.begin * kWidth, panel_size};
-      lane_contexts({0, tokens_}, rows, own_contexts, own_mixed);
-      multiply<T, LeftOperand::kRows>(
-          rows.count(), tokens_, channels_, weights.value + rows.begin * weights.value_stride,
-          weights.value_stride, Panels<T>{x_lanes.data, panel_size, kWidth},
-          StoreGatedLanes<T, kActivation>{
-              {{gated_lanes.data + rows.begin * kWidth, panel_size}, value_bias() + rows.begin},
-              own_contexts,
-              own_mixed});
-    });
-    run_tasks(parallel_, workers_, [&](int64_t worker) {
-      const Range rows = own_rows(worker);
-      T* out_tile = out_tiles.get() + worker * panels * kTileRows * kWidth;
-      for (int64_t row = rows.begin; row < rows.end;) {
-        const int64_t count = smaller(kTileRows, rows.end - row);
-        store_out_rows({0, tokens_}, {row, row + count}, weights,
-                       Panels<T>{gated_lanes.data, panel_size, kWidth}, out_tile);
-        row += count;
-      }
+      worker.share_out(parts, [&](int64_t part) {
+        const Range rows = rows_of(part);
+        project({0, slices_}, rows);
+        lane_contexts({0, tokens_}, rows, own_contexts, own_tile);
+        multiply<T, LeftOperand::kRows>(
+            rows.count(), tokens_, channels_, weights.value + rows.begin * weights.value_stride,
+            weights.value_stride, Panels<T>{x_lanes.data, panel_size, kWidth},
+            StoreGatedLanes<T, kActivation>{
+                {{gated_lanes.data + rows.begin * kWidth, panel_size}, value_bias() + rows.begin},
+                own_contexts});
+      });
+      worker.wait();
+      worker.share_out(parts, [&](int64_t part) {
+        store_out_rows({0, tokens_}, rows_of(part), weights,
+                       Panels<T>{gated_lanes.data, panel_size, kWidth}, own_tile);
+      });
     });
   }
 
@@ -338,73 +364,60 @@ class AttentionForwardPass {
     }
   }
 
-  // Many tokens: each worker takes a range of them.
+  // Many tokens: workers share tiles of them.
   void run_lanes_by_tokens() {
     constexpr int64_t panels = kLaneTile / kWidth;
     const int64_t panel_size = channels_ * kWidth;
     const Buffer<T> lanes(workers_ * 4 * panels * panel_size);
     const Buffer<T> converted(converted_size());
     const LaneWeights weights = lane_weights(converted);
-    if (whole_slices_ && (workers_ == 1 || converted.get() == nullptr)) {
-      run_tasks(parallel_, workers_, [&](int64_t worker) {
-        pool(worker);
-        convert_weights(converted, worker);
-        make_own_contexts(worker);
-        run_lane_tiles(worker, weights, lanes.get() + worker * 4 * panels * panel_size);
-      });
-      return;
-    }
-    run_tasks(parallel_, workers_, [&](int64_t worker) {
-      pool(worker);
+    const int64_t tiles = (tokens_ + kLaneTile - 1) / kLaneTile;
+    run_workers(parallel_, workers_, [&](Worker& worker) {
       convert_weights(converted, worker);
-    });
-    make_contexts();
-    run_tasks(parallel_, workers_, [&](int64_t worker) {
-      run_lane_tiles(worker, weights, lanes.get() + worker * 4 * panels * panel_size);
+      pool(worker);
+      worker.wait();
+      make_contexts(worker);
+      T* scratch = lanes.get() + worker.index() * 4 * panels * panel_size;
+      worker.share_out(
+          tiles,
+          [&](int64_t i) {
+            const int64_t first = i * kLaneTile;
+            run_lane_tile({first, smaller(first + kLaneTile, tokens_)}, weights, scratch);
+          },
+          Order::kBackward);
     });
   }
 
-  // Where a worker's range begins: on a whole vector, or on a whole slice.
-  int64_t lane_edge(int64_t worker) const {
-    if (whole_slices_) return share(tokens_, worker, workers_).begin;
-    const int64_t vectors = (tokens_ + kLanes<T> - 1) / kLanes<T>;
-    return smaller(share(vectors, worker, workers_).begin * kLanes<T>, tokens_);
-  }
-
-  void run_lane_tiles(int64_t worker, const LaneWeights& weights, T* scratch) {
+  void run_lane_tile(Range tokens, const LaneWeights& weights, T* scratch) const {
     constexpr int64_t panels = kLaneTile / kWidth;
     const int64_t panel_size = channels_ * kWidth;
     const LanePanel<T> x_lanes = {scratch, panel_size};
     const LanePanel<T> gated_lanes = {x_lanes.data + panels * panel_size, panel_size};
-    const LanePanel<T> mixed = {gated_lanes.data + panels * panel_size, panel_size};
-    T* out_tile = mixed.data + panels * panel_size;
-    const T* contexts[panels * kPanelVectors];
-    normalise(worker);
-    const int64_t end = lane_edge(worker + 1);
-    for (int64_t first = lane_edge(worker); first < end; first += kLaneTile) {
-      const Range tokens = {first, smaller(first + kLaneTile, end)};
-      for (int64_t i = 0; i < tokens.count(); i += kWidth) {
-        gather_channels(op_.grid, x(), first + i, smaller(kWidth, tokens.count() - i),
-                        x_lanes.at(0, i), kWidth, kWidth);
-      }
-      lane_contexts(tokens, {0, channels_}, contexts, mixed);
-      multiply<T, LeftOperand::kRows>(
-          channels_, tokens.count(), channels_, weights.value, weights.value_stride,
-          Panels<T>{x_lanes.data, panel_size, kWidth},
-          StoreGatedLanes<T, kActivation>{{gated_lanes, value_bias()}, contexts, mixed});
-      store_out_rows(tokens, {0, channels_}, weights,
-                     Panels<T>{gated_lanes.data, panel_size, kWidth}, out_tile);
+    T* mixed = gated_lanes.data + panels * panel_size;
+    T* out_tile = mixed + panels * panel_size;
+    LaneContext<T> contexts[panels * kPanelVectors];
+    for (int64_t i = 0; i < tokens.count(); i += kWidth) {
+      gather_channels(op_.grid, x(), tokens.begin + i, smaller(kWidth, tokens.count() - i),
+                      x_lanes.at(0, i), kWidth, kWidth);
     }
+    lane_contexts(tokens, {0, channels_}, contexts, mixed);
+    multiply<T, LeftOperand::kRows>(
+        channels_, tokens.count(), channels_, weights.value, weights.value_stride,
+        Panels<T>{x_lanes.data, panel_size, kWidth},
+        StoreGatedLanes<T, kActivation>{{gated_lanes, value_bias()}, contexts});
+    store_out_rows(tokens, {0, channels_}, weights, Panels<T>{gated_lanes.data, panel_size, kWidth},
+                   out_tile);
   }
 
   const AttentionForward& op_;
   const ParallelFor& parallel_;
-  const int64_t channels_, slices_, tokens_, slice_tokens_;
+  const int64_t channels_, slices_, tokens_;
   const int64_t padded_, tile_stride_, tile_size_;  // a tile's rows spread over cache sets
-  const int64_t segments_, workers_;
-  const bool whole_slices_;  // a worker's tokens are those of its slices
+  const int64_t workers_;
+  const bool pools_strips_;
+  const int64_t unit_slices_, units_, segments_;
   const WeightRows<S> qkv_weight_, out_weight_;
-  const Buffer<T> vectors_;
+  const Buffer<T> vectors_, statistics_;
   const Buffer<Partial<T>> partials_;
   const Buffer<T> partial_pooled_;
   const Buffer<Softmax<T>> softmax_;

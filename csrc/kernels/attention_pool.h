@@ -152,7 +152,7 @@ struct PoolOperands {
   T score_bias;
   TokenValues<const bool> key_padding_mask;
   TokenValues<const void> dropout_scale;
-  T* weights;  // receives the scores
+  T* weights;  // receives the scores; null: not wanted
 };
 
 // Takes a chunk's scores, in whole vectors and -inf where there is no token, into the running
@@ -219,7 +219,9 @@ Partial<Accumulate<S>> pool_rows(const PoolOperands<S>& op, int64_t slice_index,
     for (int64_t i = 0; i < lane_count; ++i) {
       scores[i] = i < count ? scores[i] + op.score_bias : lowest;
     }
-    if (mask.data == nullptr && scores_out.uniform() && scores_out.stride_width == 1) {
+    if (op.weights == nullptr) {
+      // the scores are not wanted
+    } else if (mask.data == nullptr && scores_out.uniform() && scores_out.stride_width == 1) {
       copy_rows(scores, 0, 1, count, scores_out.data + first, 0);
     } else {
       for (int64_t i = 0; i < count; ++i) scores_out[tokens[i]] = scores[i];
@@ -235,116 +237,186 @@ Partial<Accumulate<S>> pool_rows(const PoolOperands<S>& op, int64_t slice_index,
   return partial;
 }
 
-// scores[t] = sum_d weight[d] x[d, t] for kVectors vectors of tokens.
-template <int kVectors, typename S, typename T>
-SEP_ATTN_INLINE void dot_lanes(const S* x, int64_t stride, const T* weight, int64_t channels,
-                               int64_t count, T* scores) {
-  Vec<T> sums[kVectors];
+// The pixel rows of an image that share y % patch_h. The patch_w slices of a strip lie interleaved
+// in its rows; with patch_w = 1 a strip is a slice. Its tokens are gone through by vectors of
+// consecutive pixels, none of which goes past the end of a row.
+struct Strip {
+  int64_t image, first_row, row_step, width, row_vectors, vectors;
+};
+
+template <typename T>
+Strip make_strip(const TokenGrid& grid, int64_t strip) {
+  const int64_t row_vectors = (grid.width + kLanes<T> - 1) / kLanes<T>;
+  return {strip / grid.patch_h, strip % grid.patch_h, grid.patch_h,
+          grid.width,           row_vectors,          grid.height / grid.patch_h * row_vectors};
+}
+
+// The pixels of one vector: those at x to x + count - 1 of row y.
+struct StripVector {
+  int64_t y, x, count;
+};
+
+template <typename T>
+SEP_ATTN_INLINE StripVector strip_vector(const Strip& strip, int64_t index) {
+  const int64_t row = strip.vectors == strip.row_vectors ? 0 : index / strip.row_vectors;
+  const int64_t x = (index - row * strip.row_vectors) * kLanes<T>;
+  return {strip.first_row + row * strip.row_step, x, smaller(kLanes<T>, strip.width - x)};
+}
+
+// lanes[i] = convert(values of pixel i), `missing` past the end of the row.
+template <typename T, typename Data, typename Convert>
+SEP_ATTN_INLINE void read_strip_values(const Strip& strip, const StripVector& at,
+                                       const TokenValues<Data>& values, T missing, T* lanes,
+                                       const Convert& convert) {
+  const int64_t first = strip.image * values.stride_batch + at.y * values.stride_height;
+  for (int64_t i = 0; i < kLanes<T>; ++i) {
+    lanes[i] = i < at.count ? convert(first + (at.x + i) * values.stride_width) : missing;
+  }
+}
+
+constexpr int kStripVectors = 8;  // vectors of tokens pooled at a time
+
+// scores[v] = sum_d weight[d] x[d] over kStripVectors vectors of tokens.
+template <bool kWhole, typename S, typename T>
+SEP_ATTN_INLINE void score_strip(const S* const* x, const int64_t* counts, int64_t stride,
+                                 const T* weight, int64_t channels, Vec<T>* scores) {
   SEP_ATTN_UNROLL
-  for (int v = 0; v < kVectors; ++v) sums[v] = zero<T>();
+  for (int v = 0; v < kStripVectors; ++v) scores[v] = zero<T>();
   for (int64_t d = 0; d < channels; ++d) {
     const Vec<T> w = broadcast<T>(weight[d]);
     SEP_ATTN_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      const S* at = x + d * stride + v * kLanes<T>;
-      sums[v] += w * (kVectors > 1 ? load(at) : load_first(at, count));
+    for (int v = 0; v < kStripVectors; ++v) {
+      const S* at = x[v] + d * stride;
+      scores[v] += w * (kWhole ? load(at) : load_first(at, counts[v]));
     }
   }
-  SEP_ATTN_UNROLL
-  for (int v = 0; v < kVectors; ++v) store(scores + v * kLanes<T>, sums[v]);
 }
 
-// The same as pool_rows for contiguous tokens, kept on the lanes as they lie.
+// sums[d] = scale * sums[d] + sum_v weights[v] x[v][d], a vector of lanes for each d; what lies
+// where `kept` is 0 stays out, whatever it is.
+template <bool kWhole, bool kMasked, typename S, typename T>
+SEP_ATTN_INLINE void add_strip(const S* const* x, const int64_t* counts, int64_t stride,
+                               const Vec<T>* weights, const Vec<T>* kept, Vec<T> scale,
+                               int64_t channels, T* sums) {
+  for (int64_t d = 0; d < channels; ++d) {
+    Vec<T> sum = load(sums + d * kLanes<T>) * scale;
+    SEP_ATTN_UNROLL
+    for (int v = 0; v < kStripVectors; ++v) {
+      const S* at = x[v] + d * stride;
+      Vec<T> value = kWhole ? load(at) : load_first(at, counts[v]);
+      if (kMasked) value = kept[v] != zero<T>() ? value : zero<T>();
+      sum += weights[v] * value;
+    }
+    store(sums + d * kLanes<T>, sum);
+  }
+}
+
+// Pools vectors [range) of a strip whose pixels are contiguous, every lane with a running maximum
+// of its own; then the lanes of each of its slices are combined. `sums` has room for [channels,
+// lanes].
 template <typename S>
-Partial<Accumulate<S>> pool_lanes(const PoolOperands<S>& op, int64_t slice_index, Range range,
-                                  Accumulate<S>* pooled) {
+void pool_strip(const PoolOperands<S>& op, int64_t strip_index, Range range, Accumulate<S>* sums,
+                Partial<Accumulate<S>>* partials, Accumulate<S>* pooled, int64_t pooled_stride) {
   using T = Accumulate<S>;
   constexpr int64_t lanes = kLanes<T>;
-  constexpr int64_t chunk = 8 * lanes;
   const int64_t channels = op.grid.channels;
-  const Slice slice = make_slice(op.grid, slice_index);
-  const int64_t stride = slice.grid.stride_channel;
-  const auto mask = slice_values<const bool>(op.grid, slice, op.key_padding_mask);
-  const auto dropout = slice_values<const T>(op.grid, slice, op.dropout_scale);
-  const auto scores_out =
-      slice_values<T>(op.grid, slice, contiguous_values<void>(op.grid, op.weights));
-  const bool contiguous_scores = scores_out.uniform() && scores_out.stride_width == 1;
-
+  const int64_t stride = op.grid.stride_channel;
+  const Strip strip = make_strip<T>(op.grid, strip_index);
+  const auto scores_out = contiguous_values<void>(op.grid, op.weights);
+  const bool masked = op.key_padding_mask.data != nullptr;
   const T lowest = -static_cast<T>(__builtin_huge_val());
-  Partial<T> partial = {lowest, 0, 0, 0};
-  for (int64_t d = 0; d < channels; ++d) pooled[d] = 0;
-  alignas(64) T scores[chunk], scales[chunk], kept[chunk];
-  for (int64_t first = range.begin; first < range.end; first += chunk) {
-    const int64_t count = smaller(chunk, range.end - first);
-    const int64_t lane_count = round_up(count, lanes);
-    const int64_t whole = count / lanes * lanes;
-    const S* x = op.x + slice.offset + first;
-    if (count == chunk) {
-      dot_lanes<8>(x, stride, op.score_weight, channels, count, scores);
-    } else {
-      int64_t t = 0;
-      for (; t + 4 * lanes <= count; t += 4 * lanes) {
-        dot_lanes<4>(x + t, stride, op.score_weight, channels, count, scores + t);
-      }
-      for (; t < count; t += lanes) {
-        dot_lanes<1>(x + t, stride, op.score_weight, channels, smaller(lanes, count - t),
-                     scores + t);
-      }
-    }
-    int64_t tokens = count;
-    for (int64_t i = 0; i < lane_count; ++i) {
-      scores[i] = i < count ? scores[i] + op.score_bias : lowest;
-    }
-    for (int64_t i = 0; mask.data != nullptr && i < lane_count; ++i) {
-      const bool keep = i < count && !mask[first + i];
-      kept[i] = keep ? 1 : 0;
-      if (keep) continue;
-      scores[i] = lowest;
-      if (i < count) --tokens;
-    }
-    if (tokens == 0) continue;
-    if (contiguous_scores) {
-      copy_rows(scores, 0, 1, count, scores_out.data + first, 0);
-    } else {
-      for (int64_t i = 0; i < count; ++i) scores_out[first + i] = scores[i];
-    }
-    for (int64_t i = 0; dropout.data != nullptr && i < lane_count; ++i) {
-      scales[i] = i < count ? dropout[first + i] : T{0};
-    }
-    const T scale =
-        update_softmax(scores, lane_count, dropout.data != nullptr ? scales : nullptr, partial);
-    for (int64_t d = 0; d < channels; d += lanes) {
-      Vec<T> sums[lanes];
-      SEP_ATTN_UNROLL
-      for (int i = 0; i < lanes; ++i) sums[i] = zero<T>();
-      for (int64_t i = 0; i < smaller(lanes, channels - d); ++i) {
-        const S* row = x + (d + i) * stride;
-        Vec<T> sum = zero<T>();
-        for (int64_t t = 0; t < lane_count; t += lanes) {
-          Vec<T> value = t < whole ? load(row + t) : load_first(row + t, count - t);
-          if (mask.data != nullptr) value = load(kept + t) != 0 ? value : zero<T>();
-          sum += load(scores + t) * value;
-        }
-        sums[i] = sum;
-      }
-      const int64_t own = smaller(lanes, channels - d);
-      store_first(pooled + d, load_first(pooled + d, own) * scale + reduce_sums<T>(sums), own);
-    }
-    partial.tokens += tokens;
-  }
-  return partial;
-}
+  Vec<T> highest = broadcast<T>(lowest), sum = zero<T>(), weighted = zero<T>(), tokens = zero<T>();
+  for (int64_t i = 0; i < channels * lanes; i += lanes) store(sums + i, zero<T>());
+  alignas(64) T ramp[lanes], values[lanes];
+  for (int64_t i = 0; i < lanes; ++i) ramp[i] = static_cast<T>(i);
 
-template <typename S>
-Partial<Accumulate<S>> pool_segment(const PoolOperands<S>& op, int64_t slice, Range range,
-                                    Accumulate<S>* tile, int64_t tile_stride,
-                                    Accumulate<S>* pooled) {
-  const TokenGrid& grid = op.grid;
-  const bool contiguous_tokens =
-      grid.stride_width == 1 && grid.patch_w == 1 &&
-      (grid.height == grid.patch_h || grid.stride_height * grid.patch_h == grid.width);
-  if (contiguous_tokens && grid.stride_channel != 1) return pool_lanes(op, slice, range, pooled);
-  return pool_rows(op, slice, range, tile, tile_stride, pooled);
+  for (int64_t first = range.begin; first < range.end; first += kStripVectors) {
+    const S* x[kStripVectors];
+    int64_t counts[kStripVectors];
+    StripVector places[kStripVectors];
+    bool whole = true;
+    for (int64_t v = 0; v < kStripVectors; ++v) {
+      const bool there = first + v < range.end;
+      places[v] = strip_vector<T>(strip, there ? first + v : first);
+      counts[v] = there ? places[v].count : 0;
+      whole = whole && counts[v] == lanes;
+      x[v] = op.x + strip.image * op.grid.stride_batch + places[v].y * op.grid.stride_height +
+             places[v].x * op.grid.stride_width;
+    }
+    Vec<T> scores[kStripVectors], kept[kStripVectors];
+    if (whole) {
+      score_strip<true>(x, counts, stride, op.score_weight, channels, scores);
+    } else {
+      score_strip<false>(x, counts, stride, op.score_weight, channels, scores);
+    }
+    Vec<T> new_highest = highest;
+    for (int v = 0; v < kStripVectors; ++v) {
+      scores[v] += op.score_bias;
+      if (op.weights != nullptr && counts[v] > 0) {
+        store_first(static_cast<T*>(scores_out.data) + strip.image * scores_out.stride_batch +
+                        places[v].y * scores_out.stride_height + places[v].x,
+                    scores[v], counts[v]);
+      }
+      kept[v] = load(ramp) < static_cast<T>(counts[v]) ? zero<T>() + 1 : zero<T>();
+      if (masked && counts[v] > 0) {
+        read_strip_values(strip, places[v], op.key_padding_mask, T{0}, values,
+                          [&](int64_t at) { return op.key_padding_mask.data[at] ? T{0} : T{1}; });
+        kept[v] *= load(values);
+      }
+      tokens += kept[v];
+      scores[v] = kept[v] != zero<T>() ? scores[v] : broadcast<T>(lowest);
+      new_highest = maximum(new_highest, scores[v]);
+    }
+    // exp(-inf) is 0, exp(-inf + inf) is NaN
+    const Vec<T> shift = new_highest == broadcast<T>(lowest) ? zero<T>() : new_highest;
+    const Vec<T> scale = exponential<T>(highest - shift);
+    highest = new_highest;
+    sum *= scale;
+    weighted *= scale;
+    for (int v = 0; v < kStripVectors; ++v) {
+      scores[v] = exponential<T>(scores[v] - shift);
+      sum += scores[v];
+      if (op.dropout_scale.data != nullptr && counts[v] > 0) {
+        const T* scales = static_cast<const T*>(op.dropout_scale.data);
+        read_strip_values(strip, places[v], op.dropout_scale, T{0}, values,
+                          [&](int64_t at) { return scales[at]; });
+        scores[v] *= load(values);
+      }
+      weighted += scores[v];
+    }
+    if (masked) {
+      add_strip<false, true>(x, counts, stride, scores, kept, scale, channels, sums);
+    } else if (whole) {
+      add_strip<true, false>(x, counts, stride, scores, kept, scale, channels, sums);
+    } else {
+      add_strip<false, false>(x, counts, stride, scores, kept, scale, channels, sums);
+    }
+  }
+
+  for (int64_t px = 0; px < op.grid.patch_w; ++px) {
+    alignas(64) T own[lanes];
+    for (int64_t i = 0; i < lanes; ++i) own[i] = i % op.grid.patch_w == px ? T{1} : T{0};
+    const auto mine = load(own) != zero<T>();
+    const T maximum_of_lanes = reduce_maximum<T>(mine ? highest : broadcast<T>(lowest));
+    const Vec<T> factor =
+        mine && tokens != zero<T>() ? exponential<T>(highest - maximum_of_lanes) : zero<T>();
+    const auto total = [&](Vec<T> value) {
+      return reduce_sum<T>(mine && tokens != zero<T>() ? value * factor : zero<T>());
+    };
+    partials[px] = {maximum_of_lanes, total(sum), total(weighted),
+                    static_cast<int64_t>(reduce_sum<T>(mine ? tokens : zero<T>()))};
+    T* target = pooled + px * pooled_stride;
+    for (int64_t d = 0; d < channels; d += lanes) {
+      const int64_t count = smaller(lanes, channels - d);
+      Vec<T> rows[lanes];
+      SEP_ATTN_UNROLL
+      for (int i = 0; i < lanes; ++i) {
+        const Vec<T> value = load(sums + (d + smaller(i, count - 1)) * lanes);
+        rows[i] = mine && tokens != zero<T>() ? value * factor : zero<T>();
+      }
+      store_first(target + d, reduce_sums<T>(rows), count);
+    }
+  }
 }
 
 // The softmax of a slice, as needed to turn scores into weights.
@@ -354,28 +426,29 @@ struct Softmax {
   T inverse_sum;  // 0 when every token is left out
 };
 
-// Combines the partials of a slice in order; pooled [D] and weight_sum receive normalised values.
+// Combines the partials of a slice in order, `step` partials apart; pooled [D] and weight_sum
+// receive normalised values.
 template <typename T>
 Softmax<T> combine_partials(const Partial<T>* partials, const T* partial_pooled,
-                            int64_t partial_stride, int64_t segments, int64_t channels, T* pooled,
-                            T* weight_sum) {
+                            int64_t partial_stride, int64_t step, int64_t segments,
+                            int64_t channels, T* pooled, T* weight_sum) {
   T highest = -__builtin_huge_val();
   int64_t tokens = 0;
   for (int64_t i = 0; i < segments; ++i) {
-    tokens += partials[i].tokens;
-    if (partials[i].maximum > highest) highest = partials[i].maximum;
+    tokens += partials[i * step].tokens;
+    if (partials[i * step].maximum > highest) highest = partials[i * step].maximum;
   }
   for (int64_t d = 0; d < channels; ++d) pooled[d] = 0;
   *weight_sum = 0;
   if (tokens == 0) return {0, 0};
   T sum = 0, weighted = 0;
   for (int64_t i = 0; i < segments; ++i) {
-    if (partials[i].tokens == 0) continue;
-    const T scale = exponential_one<T>(partials[i].maximum - highest);
-    sum += scale * partials[i].sum;
-    weighted += scale * partials[i].weighted;
-    const T* part = partial_pooled + i * partial_stride;
-    for (int64_t d = 0; d < channels; ++d) pooled[d] += scale * part[d];
+    const Partial<T>& partial = partials[i * step];
+    if (partial.tokens == 0) continue;
+    const T scale = exponential_one<T>(partial.maximum - highest);
+    sum += scale * partial.sum;
+    weighted += scale * partial.weighted;
+    add_scaled(partial_pooled + i * step * partial_stride, scale, channels, pooled);
   }
   const T inverse = 1 / sum;
   for (int64_t d = 0; d < channels; ++d) pooled[d] *= inverse;
@@ -383,28 +456,33 @@ Softmax<T> combine_partials(const Partial<T>* partials, const T* partial_pooled,
   return {highest, inverse};
 }
 
-// Turns the scores of tokens [range) of a slice into softmax weights, in place.
+// Turns the scores of vectors [range) of a strip into softmax weights, in place; `softmax` is of
+// the strip's slices.
 template <typename S>
-void normalise_weights(const PoolOperands<S>& op, int64_t slice_index, Range range,
-                       Softmax<Accumulate<S>> softmax) {
+void normalise_weights(const PoolOperands<S>& op, int64_t strip_index, Range range,
+                       const Softmax<Accumulate<S>>* softmax) {
   using T = Accumulate<S>;
-  const Slice slice = make_slice(op.grid, slice_index);
-  const auto mask = slice_values<const bool>(op.grid, slice, op.key_padding_mask);
-  const auto weights =
-      slice_values<T>(op.grid, slice, contiguous_values<void>(op.grid, op.weights));
-  if (weights.uniform() && weights.stride_width == 1 && mask.data == nullptr) {
-    T* data = weights.data;
-    for (int64_t n = range.begin; n < range.end; n += kLanes<T>) {
-      const int64_t count = smaller(kLanes<T>, range.end - n);
-      const Vec<T> score = load_first(data + n, count);
-      store_first(data + n, exponential<T>(score - softmax.maximum) * softmax.inverse_sum, count);
+  constexpr int64_t lanes = kLanes<T>;
+  const Strip strip = make_strip<T>(op.grid, strip_index);
+  const int64_t patch_w = op.grid.patch_w;
+  const auto weights = contiguous_values<void>(op.grid, op.weights);
+  alignas(64) T maxima[lanes], inverse_sums[lanes], kept[lanes];
+  for (int64_t index = range.begin; index < range.end; ++index) {
+    const StripVector at = strip_vector<T>(strip, index);
+    for (int64_t i = 0; i < lanes && (index == range.begin || lanes % patch_w != 0); ++i) {
+      maxima[i] = softmax[(at.x + i) % patch_w].maximum;
+      inverse_sums[i] = softmax[(at.x + i) % patch_w].inverse_sum;
     }
-    return;
-  }
-  for (int64_t n = range.begin; n < range.end; ++n) {
-    const bool left_out = mask.data != nullptr && mask[n];
-    weights[n] =
-        left_out ? T{0} : exponential_one<T>(weights[n] - softmax.maximum) * softmax.inverse_sum;
+    T* data = static_cast<T*>(weights.data) + strip.image * weights.stride_batch +
+              at.y * weights.stride_height + at.x;
+    const Vec<T> score = load_first(data, at.count);
+    Vec<T> weight = exponential<T>(score - load(maxima)) * load(inverse_sums);
+    if (op.key_padding_mask.data != nullptr) {
+      read_strip_values(strip, at, op.key_padding_mask, T{0}, kept,
+                        [&](int64_t i) { return op.key_padding_mask.data[i] ? T{0} : T{1}; });
+      weight = load(kept) != zero<T>() ? weight : zero<T>();
+    }
+    store_first(data, weight, at.count);
   }
 }
 

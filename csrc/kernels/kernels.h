@@ -110,8 +110,11 @@ struct AttentionForward {
   TokenValues<const bool> key_padding_mask;
   TokenValues<const void> dropout_scale;  // acc
   Activation activation;
-  void* weights;     // acc tokens of x_prev
-  void* statistics;  // acc [S, 2D + 1]: pooled | context | weight_sum
+  void* weights;     // acc tokens of x_prev, or null
+  void* statistics;  // acc [S, 2D + 1]: pooled | context | weight_sum; or null
+  // Memory, zero at first, in which packed weights are kept for the next call; or null.
+  void* packed_weights;
+  int64_t packed_weights_bytes;
 };
 
 struct AttentionBackward {
@@ -145,6 +148,7 @@ struct KernelTable {
   void (*gate_backward)(const GateBackward&, const ParallelFor&);
   void (*separable_attention_forward)(const AttentionForward&, const ParallelFor&);
   void (*separable_attention_backward)(const AttentionBackward&, const ParallelFor&);
+  int64_t (*packed_weights_bytes)(DType dtype, int64_t channels);
 };
 
 }  // namespace sep_attn

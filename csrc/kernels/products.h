@@ -15,18 +15,27 @@ namespace SEP_ATTN_CAPABILITY {
 constexpr int64_t kTileBlocks = kBlockRows == 14 ? 8 : 8;
 constexpr int64_t kTileRows = kTileBlocks * kBlockRows;
 
-// Cuts a range of tokens into tiles whose heights are whole numbers of nearly equal blocks.
+// Workers worth starting for `tokens` of so many operations each: one for half a million.
+constexpr int64_t workers_for(int64_t tokens, int64_t operations, int64_t threads) {
+  return larger(1, smaller(smaller(threads, tokens), tokens * operations / (1 << 19)));
+}
+
+// Cuts a range of tokens into tiles whose heights are whole numbers of nearly equal blocks; low
+// ones where there are few, so that all workers are busy to the end.
 struct Tiles {
   Range tokens;
   int64_t blocks, count;
 
-  explicit Tiles(Range range)
+  explicit Tiles(Range range, int64_t workers = 1)
       : tokens(range),
         blocks((range.count() + kBlockRows - 1) / kBlockRows),
-        count((blocks + kTileBlocks - 1) / kTileBlocks) {}
+        count((blocks + height(blocks, workers) - 1) / height(blocks, workers)) {}
   Range operator[](int64_t tile) const { return {edge(tile), edge(tile + 1)}; }
 
  private:
+  static constexpr int64_t height(int64_t blocks, int64_t workers) {
+    return workers == 1 ? kTileBlocks : smaller(kTileBlocks, larger(2, blocks / (4 * workers)));
+  }
   int64_t edge(int64_t tile) const {
     return tokens.begin + tokens.count() * (blocks * tile / count) / blocks;
   }
@@ -226,14 +235,21 @@ struct StoreTokens {
   }
 };
 
+// The context of a vector of tokens: of one slice, a value a row; or of several, a vector a row.
+template <typename T>
+struct LaneContext {
+  const T* shared;
+  const T* lanes;
+};
+
 template <typename T, Activation kActivation>
 struct StoreGatedLanes : StoreLanes<T> {
-  const T* const* context;  // of each vector of tokens of one slice; null for a mixed one
-  LanePanel<T> mixed;       // the context of each token
+  const LaneContext<T>* contexts;  // of each vector of tokens
 
   SEP_ATTN_INLINE void finish(int64_t row, int64_t column, Vec<T> v) const {
-    const T* shared = context[column / kLanes<T>];
-    const Vec<T> c = shared != nullptr ? broadcast<T>(shared[row]) : load(mixed.at(row, column));
+    const LaneContext<T>& own = contexts[column / kLanes<T>];
+    const Vec<T> c =
+        own.shared != nullptr ? broadcast<T>(own.shared[row]) : load(own.lanes + row * kLanes<T>);
     store(this->target.at(row, column), activate<T, kActivation>(v) * c);
   }
 };

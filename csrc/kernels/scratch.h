@@ -16,7 +16,7 @@ class ScratchStack {
  public:
   ~ScratchStack() { release(base_); }
 
-  // Memory on a vector boundary, or null when it does not fit.
+  // Memory on a boundary of 64 bytes, or null when it does not fit.
   void* push(std::size_t bytes) {
     wanted_ = used_ + bytes > wanted_ ? used_ + bytes : wanted_;
     if (used_ == 0 && wanted_ > size_ && wanted_ <= kKept) {
@@ -31,11 +31,12 @@ class ScratchStack {
   void pop(std::size_t bytes) { used_ -= bytes; }
 
   static void* allocate(std::size_t bytes) {
-    return ::operator new(bytes, std::align_val_t{kVectorBytes});
+    return ::operator new(bytes, std::align_val_t{kAlignment});
   }
-  static void release(void* memory) { ::operator delete(memory, std::align_val_t{kVectorBytes}); }
+  static void release(void* memory) { ::operator delete(memory, std::align_val_t{kAlignment}); }
 
  private:
+  static constexpr std::size_t kAlignment = 64;
 #if defined(__SANITIZE_ADDRESS__)
   static constexpr std::size_t kKept = 0;  // every array by itself, its ends watched
 #else
@@ -51,7 +52,7 @@ inline ScratchStack& scratch_stack() {
   return stack;
 }
 
-// An uninitialised array that starts on a vector boundary.
+// An uninitialised array that starts on a boundary of 64 bytes.
 template <typename T>
 class Buffer {
  public:

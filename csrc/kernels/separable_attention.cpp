@@ -57,5 +57,19 @@ void separable_attention_backward(const AttentionBackward& op, const ParallelFor
   }
 }
 
+int64_t packed_weights_bytes(DType dtype, int64_t channels) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return PackedWeights<float>::bytes(channels);
+    case DType::kFloat64:
+      return PackedWeights<double>::bytes(channels);
+    case DType::kBFloat16:
+      return PackedWeights<BFloat16>::bytes(channels);
+    case DType::kFloat16:
+      return PackedWeights<Float16>::bytes(channels);
+  }
+  return 0;
+}
+
 }  // namespace SEP_ATTN_CAPABILITY
 }  // namespace sep_attn

@@ -12,6 +12,7 @@ void gate_forward(const GateForward&, const ParallelFor&);
 void gate_backward(const GateBackward&, const ParallelFor&);
 void separable_attention_forward(const AttentionForward&, const ParallelFor&);
 void separable_attention_backward(const AttentionBackward&, const ParallelFor&);
+int64_t packed_weights_bytes(DType dtype, int64_t channels);
 
 extern const KernelTable kernel_table;
 const KernelTable kernel_table = {SEP_ATTN_STRING(SEP_ATTN_CAPABILITY),
@@ -20,6 +21,7 @@ const KernelTable kernel_table = {SEP_ATTN_STRING(SEP_ATTN_CAPABILITY),
                                   gate_forward,
                                   gate_backward,
                                   separable_attention_forward,
-                                  separable_attention_backward};
+                                  separable_attention_backward,
+                                  packed_weights_bytes};
 
 }  // namespace sep_attn::SEP_ATTN_CAPABILITY

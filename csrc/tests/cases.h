@@ -179,6 +179,11 @@ void with_solutions(const Problem& problem, Type type, Use use) {
   }
 }
 
+inline bool same_bits(const Values& a, const Values& b) {
+  return a.size() == b.size() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
+}
+
 // Calls run(edge), which returns its results, on every instruction set of this machine and for both
 // edges; the results of both must be the same bits.
 template <typename Run>
@@ -192,10 +197,7 @@ void on_every_instruction_set(const std::string& description, Run run) {
       results[edge == Edge::kAfter] = run(edge);
     }
     for (std::size_t i = 0; i < results[0].size(); ++i) {
-      const Values &first = results[0][i], &second = results[1][i];
-      check(first.size() == second.size() &&
-                (first.empty() ||
-                 std::memcmp(first.data(), second.data(), first.size() * sizeof(double)) == 0),
+      check(same_bits(results[0][i], results[1][i]),
             "result " + std::to_string(i) + " differs from one run to the next");
     }
   }

@@ -41,7 +41,10 @@ struct LayerTensors {
   MaybeTensor qkv_bias;
   Tensor out_weight;
   MaybeTensor out_bias, mask, dropout_scale;
-  Tensor out, weights, statistics;  // results
+  Tensor out;                       // results
+  MaybeTensor weights, statistics;  // absent: not wanted
+  // Memory for packed weights, zero at first; empty: not lent.
+  std::vector<unsigned char>* packed_weights;
   // Backward. What forward saved comes from the oracle; a result that is absent is not wanted.
   Tensor grad_out;
   MaybeTensor grad_weights;
@@ -151,8 +154,10 @@ inline void call_layer(const LayerTensors& t, Threads threads) {
   arguments.key_padding_mask = token_values<const bool>(t.mask);
   arguments.dropout_scale = token_values<const void>(t.dropout_scale);
   arguments.activation = t.activation;
-  arguments.weights = t.weights.data();
-  arguments.statistics = t.statistics.data();
+  arguments.weights = wanted(t.weights);
+  arguments.statistics = wanted(t.statistics);
+  arguments.packed_weights = t.packed_weights->empty() ? nullptr : t.packed_weights->data();
+  arguments.packed_weights_bytes = static_cast<int64_t>(t.packed_weights->size());
   separable_attention_forward(arguments, parallel_for(threads));
 }
 

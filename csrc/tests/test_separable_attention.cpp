@@ -73,6 +73,7 @@ void check_layer(Random& random, const Shape& shape, Type type) {
   const auto want = [&] { return want_all || random.chance(0.5); };
   const bool want_x = want(), want_prev = want() && cross, want_qkv_weight = want(),
              want_qkv_bias = want(), want_out_weight = want(), want_out_bias = want();
+  const bool want_saved = random.chance(0.7), keep_packed = random.chance(0.5);
 
   const std::string description =
       std::string(name_of(type)) + ", " + describe(shape) + ", x " + x_layout.name + ", out " +
@@ -83,7 +84,8 @@ void check_layer(Random& random, const Shape& shape, Type type) {
       (bias ? "" : ", no bias") + (p.relu ? ", relu" : ", identity") +
       (given(p.mask) ? ", mask " : ", ") + (given(p.dropout_scale) ? "and dropout " : "") +
       value_layout.name + (given(p.grad_weights) ? ", grad_weights" : "") +
-      (want_all ? ", " : ", some gradients, ") + describe(threads);
+      (want_all ? ", " : ", some gradients, ") + (want_saved ? "" : "nothing saved, ") +
+      (keep_packed ? "packed weights kept, " : "") + describe(threads);
   with_solutions(p, type, [&](const auto& exact, const auto& plain) {
     on_every_instruction_set(description, [&](Edge edge) {
       const Sizes tokens = token_sizes(shape), prev_tokens = token_sizes(p.prev_shape),
@@ -91,6 +93,9 @@ void check_layer(Random& random, const Shape& shape, Type type) {
                   statistics = {shape.slices(), 2 * D + 1};
       const Layout dense = contiguous(1), dense_matrix = contiguous(2),
                    dense_values = contiguous(3);
+      // The first call packs the weights, the second finds them packed.
+      std::vector<unsigned char> packed(keep_packed ? packed_weights_bytes(kernel_type(type), D)
+                                                    : 0);
       const LayerTensors t = {
           shape,
           p.prev_shape,
@@ -104,8 +109,9 @@ void check_layer(Random& random, const Shape& shape, Type type) {
           input_if(Type::kBool, values, value_layout, edge, p.mask),
           input_if(sums, values, value_layout, edge, p.dropout_scale),
           Tensor::result(type, tokens, out_layout, edge),
-          Tensor::result(sums, values, dense_values, edge),
-          Tensor::result(sums, statistics, dense_matrix, edge),
+          result_if(want_saved, sums, values, dense_values, edge),
+          result_if(want_saved, sums, statistics, dense_matrix, edge),
+          &packed,
           Tensor::input(type, tokens, grad_layout, edge, p.grad_out),
           input_if(sums, values, value_layout, edge, p.grad_weights),
           Tensor::input(sums, values, dense_values, edge, to_values(exact.weights)),
@@ -117,6 +123,9 @@ void check_layer(Random& random, const Shape& shape, Type type) {
           result_if(want_out_weight, type, {D, D}, dense_matrix, edge),
           result_if(want_out_bias, type, {D}, dense, edge)};
       call_layer(t, threads);
+      const Values first_out = t.out.values();
+      if (keep_packed) call_layer(t, threads);
+      check(same_bits(first_out, t.out.values()), "kept weights give another result");
       call_layer_backward(t, threads);
       std::vector<Values> results;
       const auto check_result = [&](const char* name, const Tensor& result, const auto& expected,
@@ -125,20 +134,20 @@ void check_layer(Random& random, const Shape& shape, Type type) {
         results.push_back(result.values());
       };
       check_result("out", t.out, exact.out, plain.out);
-      check_result("weights", t.weights, exact.weights, plain.weights);
-      check_result("statistics", t.statistics, exact.statistics, plain.statistics);
-      const auto check_gradient = [&](const char* name, const MaybeTensor& result,
-                                      const auto& expected, const auto& in_plain) {
+      const auto check_wanted = [&](const char* name, const MaybeTensor& result,
+                                    const auto& expected, const auto& in_plain) {
         if (result) check_result(name, *result, expected, in_plain);
       };
-      check_gradient("grad_x", t.grad_x, exact.grad_x, plain.grad_x);
-      check_gradient("grad_x_prev", t.grad_x_prev, exact.grad_x_prev, plain.grad_x_prev);
-      check_gradient("grad_qkv_weight", t.grad_qkv_weight, exact.grad_qkv_weight,
-                     plain.grad_qkv_weight);
-      check_gradient("grad_qkv_bias", t.grad_qkv_bias, exact.grad_qkv_bias, plain.grad_qkv_bias);
-      check_gradient("grad_out_weight", t.grad_out_weight, exact.grad_out_weight,
-                     plain.grad_out_weight);
-      check_gradient("grad_out_bias", t.grad_out_bias, exact.grad_out_bias, plain.grad_out_bias);
+      check_wanted("weights", t.weights, exact.weights, plain.weights);
+      check_wanted("statistics", t.statistics, exact.statistics, plain.statistics);
+      check_wanted("grad_x", t.grad_x, exact.grad_x, plain.grad_x);
+      check_wanted("grad_x_prev", t.grad_x_prev, exact.grad_x_prev, plain.grad_x_prev);
+      check_wanted("grad_qkv_weight", t.grad_qkv_weight, exact.grad_qkv_weight,
+                   plain.grad_qkv_weight);
+      check_wanted("grad_qkv_bias", t.grad_qkv_bias, exact.grad_qkv_bias, plain.grad_qkv_bias);
+      check_wanted("grad_out_weight", t.grad_out_weight, exact.grad_out_weight,
+                   plain.grad_out_weight);
+      check_wanted("grad_out_bias", t.grad_out_bias, exact.grad_out_bias, plain.grad_out_bias);
       return results;
     });
   });
