@@ -2,16 +2,23 @@
 PYTHON ?= python3
 WORKERS ?= 2
 OUT ?= build/bench
+CASES ?= 2000
+SEED ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# The kernels' C++ tests are built beside the Python module, from the same objects.
+export CMAKE_ARGS = -DSEP_ATTN_BUILD_TESTS=ON
 
 VENV := .venv
 BIN := $(VENV)/bin
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: help test bench microbench gpu lint format clean
+.PHONY: help test sanitize test-neon fuzz bench microbench gpu lint format clean
 
 help:
 	@echo "make test        the tests (no GPU, no network)"
+	@echo "make sanitize    the kernels' C++ tests under address, undefined-behaviour and thread sanitizers"
+	@echo "make test-neon   the same for 64-bit ARM, cross-compiled, in QEMU"
+	@echo "make fuzz        random calls against float64: CASES=$(CASES) SEED=$(SEED)"
 	@echo "make bench       the benchmarks of README: OUT=$(OUT), at most 5 minutes"
 	@echo "make microbench  pytest-benchmark over every kernel"
 	@echo "make gpu OUT=dir build, test and measure on a GPU with PYTHON as it is, no .venv"
@@ -30,7 +37,30 @@ $(VENV)/built: $(VENV)/installed $(CPP) CMakeLists.txt setup.py
 	touch $@
 
 test: $(VENV)/built
+	for folder in build/temp.*/sep_attn-native; do \
+	  $(BIN)/ctest --test-dir $$folder --parallel $(WORKERS) --output-on-failure || exit; done
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --durations 10
+
+# $(call kernel-tests,preset): configures, builds and runs a preset of CMakePresets.json.
+define kernel-tests
+$(BIN)/cmake --preset $(1) -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+$(BIN)/cmake --build build/$(1) --parallel $(WORKERS)
+$(BIN)/ctest --test-dir build/$(1) --parallel $(WORKERS) --output-on-failure
+endef
+
+sanitize: $(VENV)/installed
+	$(call kernel-tests,sanitize-memory)
+	$(call kernel-tests,sanitize-threads)
+
+NEON_TOOLS := aarch64-linux-gnu-g++ qemu-aarch64
+test-neon: $(VENV)/installed
+	@for tool in $(NEON_TOOLS); do command -v $$tool > /dev/null || { \
+	  echo "$$tool is missing: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }; done
+	$(call kernel-tests,neon)
+	$(BIN)/python -m pytest tests/test_neon.py
+
+fuzz: $(VENV)/built
+	$(BIN)/python tests/fuzz.py --cases $(CASES) --seed $(SEED)
 
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks --out $(OUT)

@@ -1,12 +1,14 @@
 """Builds sep_attn._C with CMake and Ninja; everything else about the package is in pyproject.toml.
 
 Environment: ``SEP_ATTN_SKIP_NATIVE=1`` leaves the C++ kernels out, ``CXX`` names the compiler,
-``MAX_JOBS`` or ``CMAKE_BUILD_PARALLEL_LEVEL`` bounds the number of compilers running at once.
+``MAX_JOBS`` or ``CMAKE_BUILD_PARALLEL_LEVEL`` bounds the number of compilers running at once,
+``CMAKE_ARGS`` holds further arguments for CMake.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -81,6 +83,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         jobs = str(self.parallel or parallel_jobs())
         for command in (configure, [cmake, "--build", str(folder), "--parallel", jobs]):

@@ -15,7 +15,11 @@ namespace sep_attn {
   namespace capability {                   \
   extern const KernelTable kernel_table;   \
   }
+#ifdef SEP_ATTN_NEON_KERNELS
+SEP_ATTN_DECLARE_TABLE(neon)
+#else
 SEP_ATTN_DECLARE_TABLE(baseline)
+#endif
 #ifdef SEP_ATTN_X86_KERNELS
 SEP_ATTN_DECLARE_TABLE(avx2)
 SEP_ATTN_DECLARE_TABLE(avx512)
@@ -64,7 +68,11 @@ struct InstructionSet {
 
 // Worst first.
 constexpr InstructionSet kInstructionSets[] = {
+#ifdef SEP_ATTN_NEON_KERNELS
+    {neon::kernel_table, always},
+#else
     {baseline::kernel_table, always},
+#endif
 #ifdef SEP_ATTN_X86_KERNELS
     {avx2::kernel_table, has_avx2},
     {avx512::kernel_table, has_avx512},

@@ -4,7 +4,7 @@ def version() -> str:
     """The version of the package this was built for."""
 
 def capability() -> str:
-    """The instruction set in use: "baseline", "avx2" or "avx512"."""
+    """The instruction set in use: "baseline", "avx2", "avx512" or "neon"."""
 
 def capabilities() -> list[str]:
     """The instruction sets usable on this machine, best last."""

@@ -47,7 +47,7 @@ def unavailable_reason() -> str | None:
 
 
 def capability() -> str:
-    """The instruction set in use: ``"baseline"``, ``"avx2"`` or ``"avx512"``.
+    """The instruction set in use: ``"baseline"``, ``"avx2"``, ``"avx512"`` or ``"neon"``.
 
     Raises:
         RuntimeError: the C++ kernels are not available (so do all functions below).

@@ -54,6 +54,10 @@ def lay_out(values: Tensor, memory: str) -> Tensor:
         larger = values.new_full([2 * size + 1 for size in values.shape], float("nan"))
         view = larger[tuple(slice(1, None, 2) for _ in values.shape)]
         return view.copy_(values)
+    if memory == "offset":  # behind other values of the same storage
+        return torch.cat([values.new_full([3], float("nan")), values.flatten()])[3:].view_as(values)
+    if memory == "interleaved":  # the first two axes change places
+        return values.transpose(0, 1).contiguous().transpose(0, 1)
     if memory == "expanded":  # one image for the whole batch
         return values[:1].expand(values.shape)
     raise ValueError(memory)
@@ -65,12 +69,18 @@ def make_mask(kind: str, tokens: tuple[int, ...], device: torch.device) -> Tenso
         mask[:] = True
     elif kind == "first_image":
         mask[:1] = True
+    elif kind == "sliced":  # every other value of a larger mask
+        mask = mask.repeat_interleave(2, dim=-1)[..., ::2]
+    elif kind == "expanded":  # one mask for the whole batch
+        mask = mask[:1].expand(tokens)
     return mask
 
 
-def inputs_of(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def inputs_of(
+    case: Case, dtype: torch.dtype, device: torch.device, seed: int = 1
+) -> dict[str, Tensor]:
     """Random inputs of a case, exactly representable in ``dtype``."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
@@ -121,8 +131,9 @@ def run(
     generator = torch.Generator().manual_seed(3)
 
     def direction(value: Tensor) -> Tensor:
-        random = torch.randn(value.shape, generator=generator).to(torch.float16)
-        return random.to(value.device, value.dtype)
+        random = torch.randn(value.shape, generator=generator)
+        exact = random.to(torch.bfloat16).to(torch.float16)  # the same numbers in every dtype
+        return exact.to(value.device, value.dtype)
 
     if case.grad == "sum":  # stride 0
         loss = out.sum()

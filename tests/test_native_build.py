@@ -49,7 +49,7 @@ def test_the_module_is_of_this_version() -> None:
 
 def test_the_best_instruction_set_is_the_default() -> None:
     usable = native.capabilities()
-    assert usable[0] == "baseline"
+    assert usable[0] in ("baseline", "neon")  # the worst one, and the only one of 64-bit ARM
     assert set(usable) <= set(native.compiled_capabilities())
     code = "from sep_attn import native; print(native.capability())"
     assert run_python(code, SEP_ATTN_CPU_CAPABILITY="").stdout.split() == [usable[-1]]
@@ -69,7 +69,7 @@ print(native.capability(), native.kernel_calls())
     )
 
 
-@pytest.mark.parametrize("capability", ["avx1024", "AVX2", "neon"])
+@pytest.mark.parametrize("capability", ["avx1024", "AVX2", "NEON"])
 def test_an_instruction_set_that_is_not_there_is_refused_at_import(capability: str) -> None:
     result = run_python("import sep_attn._C", SEP_ATTN_CPU_CAPABILITY=capability)
     message = result.stderr.splitlines()[-1]

@@ -8,11 +8,16 @@ namespace sep_attn {
 namespace SEP_ATTN_CAPABILITY {
 
 #if defined(__AVX512F__)
-constexpr int kBlockRows = 14;  // 28 sums, 2 panel vectors and a broadcast in 32 registers
+// 28 sums, 2 panel vectors and a broadcast in 32 registers
+constexpr int kBlockRows = 14, kPanelVectors = 2;
+#elif defined(__aarch64__)
+// 24 sums, 3 panel vectors and scalars in 32 registers. One side is read by element, so 24
+// multiplications take 11 loads; 14 rows of 2 vectors would take 16 for 28.
+constexpr int kBlockRows = 8, kPanelVectors = 3;
 #else
-constexpr int kBlockRows = 6;  // 12 sums, 2 panel vectors and a broadcast in 16 registers
+// 12 sums, 2 panel vectors and a broadcast in 16 registers
+constexpr int kBlockRows = 6, kPanelVectors = 2;
 #endif
-constexpr int kPanelVectors = 2;
 template <typename T>
 constexpr int64_t kPanelWidth = kPanelVectors * kLanes<T>;
 
@@ -90,6 +95,9 @@ SEP_ATTN_INLINE void multiply_panel(int64_t rows, int64_t columns, int64_t depth
   const T* panel = b.data + column / kPanelWidth<T> * b.panel_stride;
   if (columns - column <= kLanes<T>) {
     multiply_rows<T, kLeft, 1>(rows, depth, first, stride, panel, b.row_stride, row, column,
+                               result);
+  } else if (kPanelVectors > 2 && columns - column <= 2 * kLanes<T>) {
+    multiply_rows<T, kLeft, 2>(rows, depth, first, stride, panel, b.row_stride, row, column,
                                result);
   } else {
     multiply_rows<T, kLeft, kPanelVectors>(rows, depth, first, stride, panel, b.row_stride, row,

@@ -37,7 +37,11 @@ class ScratchStack {
 
  private:
   static constexpr std::size_t kAlignment = 64;
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr std::size_t kKept = 0;  // every array by itself, its ends watched
+#else
   static constexpr std::size_t kKept = std::size_t{32} << 20;
+#endif
   char* base_ = nullptr;
   std::size_t size_ = 0, used_ = 0, wanted_ = 0;
 };

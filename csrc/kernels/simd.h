@@ -9,10 +9,12 @@
 
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #ifndef SEP_ATTN_CAPABILITY
-#error "SEP_ATTN_CAPABILITY must name the instruction set (baseline, avx2 or avx512)"
+#error "SEP_ATTN_CAPABILITY must name the instruction set (baseline, avx2, avx512 or neon)"
 #endif
 
 #define SEP_ATTN_INLINE inline __attribute__((always_inline))
@@ -230,6 +232,8 @@ SEP_ATTN_INLINE Vec<float> widen(HalfBits half, Float16) {
   return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)half);
 #elif defined(__F16C__)
   return (Vec<float>)_mm256_cvtph_ps((__m128i)half);
+#elif defined(__aarch64__)
+  return (Vec<float>)vcvt_f32_f16((float16x4_t)half);
 #else
   const FloatBits bits = __builtin_convertvector(half, FloatBits);
   const FloatBits shifted = (bits & 0x7fffu) << 13;
@@ -248,6 +252,8 @@ SEP_ATTN_INLINE HalfBits narrow(Vec<float> value, Float16) {
   return (HalfBits)_mm512_maskz_cvtps_ph(0xffff, (__m512)value, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__)
   return (HalfBits)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  return (HalfBits)vcvt_f16_f32((float32x4_t)value);
 #else
   const FloatBits bits = (FloatBits)value;
   const FloatBits sign = bits & 0x80000000u;

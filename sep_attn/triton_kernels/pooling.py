@@ -600,11 +600,13 @@ def context_pool_bwd_kernel(
         slice_product += pooled * grad_pooled  # [GROUPS, BLOCK_D]
         token_grad_pooled = spread(grad_pooled, BLOCK_N)  # [BLOCK_N, BLOCK_D]
         product += x * token_grad_pooled
-        grad_x = (dropped[:, None] * token_grad_pooled).to(grad_x_ptr.dtype.element_ty)
+        grad_x = tl.where(weights[:, None] == 0.0, 0.0, dropped[:, None] * token_grad_pooled)
         grad_x_offsets = tile_offsets(
             grad_x_offset, n, d, grad_x_strides, width, UNIFORM, GRAD_X_LAYOUT, WORD
         )
-        tl.store(grad_x_ptr + grad_x_offsets, grad_x, mask=tile_mask)
+        tl.store(
+            grad_x_ptr + grad_x_offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=tile_mask
+        )
 
     grad = tl.sum(product, axis=1)  # [BLOCK_N], of the dropped weights
     delta = tl.sum(slice_product, axis=1)  # [GROUPS]
@@ -624,7 +626,7 @@ def context_pool_bwd_kernel(
         partial_ptr += i_band.to(tl.int64) * rows
         partial = tl.load(partial_ptr + row, mask=row < rows, other=0.0)
         delta += tl.sum(by_group(partial, GROUPS), axis=0)
-    # A weight of 0 takes no gradient, whatever its token holds: a masked one may hold NaN.
+    # A weight of 0 gives and takes no gradient: a masked token or its slice may hold NaN.
     grad_scores = tl.where(weights == 0.0, 0.0, weights * (grad - spread(delta, BLOCK_N)))
     grad_scores_ptr += band_offset(i_band, grad_scores_strides, patch_h, patch_w)
     offsets = token_offsets(n, grad_scores_strides, width, UNIFORM)

@@ -1,0 +1,225 @@
+"""Large scores, infinities and NaN in the input: every backend as the reference, both ways."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from oracle import Case, assert_as_good_as_plain, inputs_of, run
+from test_layer import backend_or_skip, device_of
+from torch import Tensor
+
+from sep_attn import functional, native, reference
+from sep_attn.functional import separable_attention
+
+BACKENDS = ["native", "triton"]
+BAD = [math.nan, math.inf, -math.inf]
+CASES = [
+    Case((3, 20, 8), need_weights=True),
+    Case((2, 8, 3, 20)),
+    Case((3, 20, 8), prev_shape=(3, 11, 8)),
+    Case((3, 20, 8), mask="random"),
+    Case((2, 8, 4, 6), patch_size=(2, 2), dropout_p=0.3),
+]
+# Where the bad number goes: for a weight, the score, a key, a value.
+PLACES = [
+    ("x", (1, 5)),
+    ("x_prev", (1, 5)),
+    ("qkv_weight", (0, 2)),
+    ("qkv_weight", (3, 3)),
+    ("qkv_weight", (12, 1)),
+    ("out_weight", (1, 2)),
+    ("qkv_bias", (0,)),
+    ("qkv_bias", (4,)),
+    ("qkv_bias", (9,)),
+    ("out_bias", (2,)),
+]
+
+
+def bad_numbers(backend: str, number: int) -> list[float]:
+    """All of them, or one by turns in Triton's interpreter."""
+    return BAD if backend == "native" or torch.cuda.is_available() else [BAD[number % 3]]
+
+
+def assert_same_places(results: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Finite where the reference is, and of the same value there. Whether an overflow ends as inf
+    or as NaN depends on the order of the sums, which the pooled form changes."""
+    for name, value in expected.items():
+        finite = value.isfinite()
+        assert torch.equal(results[name].isfinite(), finite), name
+        torch.testing.assert_close(
+            results[name][finite], value[finite], atol=1e-4, rtol=1e-4, msg=lambda m, n=name: n + m
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("memory", ["contiguous", "transposed"])
+def test_scores_of_ten_thousand(
+    memory: str, dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
+    """Whole numbers times 1e4 (2**13 in float16): exact in every dtype, the softmax one-hot or a
+    tie."""
+    device = device_of(backend, device)
+    backend_or_skip(backend, device, dtype)
+    case = Case((3, 40, 8), memory=memory, need_weights=True)
+    inputs = inputs_of(case, dtype, device)
+    factor = 2.0**13 if dtype == torch.float16 else 1e4
+    inputs["x"][:, :, 0] = torch.randint(-1, 2, (3, 40), device=device).to(dtype)
+    inputs["x"][2, :, 0] = -1.0  # a slice of nothing but -1e4
+    inputs["qkv_weight"][0] = 0.0
+    inputs["qkv_weight"][0, 0] = factor
+    inputs["qkv_bias"][0] = 0.0
+    results = [
+        run(function, case, values)
+        for function, values in (
+            (lambda *a, **k: separable_attention(*a, backend=backend, **k), inputs),
+            (reference.separable_attention, inputs),
+            (reference.separable_attention, {name: v.double() for name, v in inputs.items()}),
+        )
+    ]
+    assert all(value.isfinite().all() for value in results[0].values())
+    weights = results[2]["weights"]
+    assert torch.equal(weights > 0, inputs["x"][:, :, 0] == inputs["x"][:, :, :1].amax(1))
+    assert_as_good_as_plain(*results)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place[0]}{list(place[1])}")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bad_numbers_spread_as_in_the_reference(
+    case: Case, place: tuple[str, tuple[int, ...]], backend: str, device: torch.device
+) -> None:
+    device = device_of(backend, device)
+    backend_or_skip(backend, device, torch.float32)
+    if backend == "triton" and device.type == "cpu" and CASES.index(case) != 3:
+        pytest.skip("enough for Triton's interpreter, which takes seconds")
+    name, index = place
+    if name == "x_prev" and case.prev_shape is None:
+        pytest.skip("the case has no x_prev")
+    for bad in bad_numbers(backend, CASES.index(case) + PLACES.index(place)):
+        inputs = inputs_of(case, torch.float32, device)
+        inputs[name][index if name != "x" or len(case.shape) == 3 else (1, 3, 2, 5)] = bad
+        results = run(separable_attention, case, inputs, backend=backend)
+        expected = run(separable_attention, case, inputs, backend="reference")
+        if name == "x_prev":
+            # A score of -inf gives the weight 0, and the kernels let no gradient through it, as
+            # through that of a masked token; the reference makes NaN of 0 times inf.
+            score = inputs["x_prev"][1, 5] @ inputs["qkv_weight"][0]
+            if score == -math.inf:
+                assert not results["grad_x_prev"][1, 5].any()
+                expected["grad_x_prev"][1, 5] = 0.0
+        if backend == "triton" and case.mask and place == ("qkv_weight", (0, 2)):
+            # The scores are a product of torch's there: 0 times the weight reaches masked tokens.
+            expected["grad_x"][:, :, 2] = results["grad_x"][:, :, 2]
+        assert_same_places(results, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_bad_gradient_spreads_as_in_the_reference(
+    case: Case, backend: str, device: torch.device
+) -> None:
+    device = device_of(backend, device)
+    backend_or_skip(backend, device, torch.float32)
+    for bad in bad_numbers(backend, CASES.index(case)):
+        gradients = []
+        for own_backend in (backend, "reference"):
+            inputs = inputs_of(case, torch.float32, device)
+            leaves = {name: value.requires_grad_() for name, value in inputs.items()}
+            out = separable_attention(
+                leaves["x"],
+                leaves["qkv_weight"],
+                leaves["qkv_bias"],
+                leaves["out_weight"],
+                leaves["out_bias"],
+                x_prev=leaves.get("x_prev"),
+                patch_size=case.patch_size,
+                backend=own_backend,
+            )
+            direction = torch.ones(out.shape, device=device)
+            direction.view(-1)[out.numel() // 2] = bad
+            grads = torch.autograd.grad(out, list(leaves.values()), direction)
+            gradients.append(dict(zip(leaves, grads, strict=True)))
+        assert_same_places(*gradients)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_pool_takes_infinite_scores_as_the_reference_does(
+    backend: str, device: torch.device
+) -> None:
+    device = device_of(backend, device)
+    backend_or_skip(backend, device, torch.float32)
+    scores = torch.randn(6, 30, device=device)
+    scores[1, ::2] = -math.inf  # as if masked
+    scores[2] = -math.inf  # nothing left: NaN
+    scores[3, 4] = math.inf
+    scores[4, 5] = math.nan
+    scores[5] *= 1e4
+    x = torch.randn(6, 30, 9, device=device)
+    results = []
+    for own_backend in (backend, "reference"):
+        leaves = x.clone().requires_grad_(), scores.clone().requires_grad_()
+        out = functional.context_pool(*leaves, backend=own_backend)
+        grads = torch.autograd.grad(out.sum(), leaves)
+        results.append({"out": out.detach(), "grad_x": grads[0], "grad_scores": grads[1]})
+    assert results[1]["out"].isfinite().all(1).tolist() == [True, True, False, False, False, True]
+    assert_same_places(*results)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("act", ["relu", "identity"])
+def test_the_gate_takes_bad_numbers_as_the_reference_does(
+    act: str, backend: str, device: torch.device
+) -> None:
+    device = device_of(backend, device)
+    backend_or_skip(backend, device, torch.float32)
+    v, context = torch.randn(2, 12, 9, device=device), torch.randn(2, 9, device=device)
+    v[0, 1, :3] = torch.tensor(BAD)
+    context[1, :3] = torch.tensor(BAD)
+    context[:, 3] = 0.0
+    v[:, 2, 3] = math.inf  # times 0
+    results = []
+    for own_backend in (backend, "reference"):
+        leaves = v.clone().requires_grad_(), context.clone().requires_grad_()
+        y = functional.gate(*leaves, act=act, backend=own_backend)
+        grads = torch.autograd.grad(y.sum(), leaves)
+        results.append([y.detach(), *grads])
+    for result, expected in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected, equal_nan=True, atol=1e-5, rtol=1e-5)
+
+
+# The same bits -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "capability", native.capabilities() if native.unavailable_reason() is None else []
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((2, 500, 40), need_weights=True),
+        Case((2, 40, 4, 100), dropout_p=0.2),
+        Case((1, 40, 32, 30), patch_size=(2, 2), memory="channels_last"),
+        Case((4, 6, 96), prev_shape=(4, 9, 96), mask="random"),
+    ],
+    ids=str,
+)
+def test_the_same_bits_from_run_to_run_on_any_number_of_threads(
+    case: Case, dtype: torch.dtype, capability: str
+) -> None:
+    inputs = inputs_of(case, dtype, torch.device("cpu"))
+    threads, before = torch.get_num_threads(), native.capability()
+    try:
+        native.set_capability(capability)
+        for count in (2, 3):
+            torch.set_num_threads(count)
+            first = run(separable_attention, case, inputs, backend="native")
+            for _ in range(2):
+                again = run(separable_attention, case, inputs, backend="native")
+                assert all(torch.equal(first[name], again[name]) for name in first)
+    finally:
+        torch.set_num_threads(threads)
+        native.set_capability(before)
