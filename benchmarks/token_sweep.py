@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import ceilings, environment, measure, plots, registry, report
@@ -202,11 +202,11 @@ class Sweep:
         copies = measure.copies_beyond_cache(x.numel() * x.element_size(), x.device)
         # The first is x itself; the others are drawn on the device, since they are never compared.
         inputs = [x, *torch.randn(copies - 1, *x.shape, device=x.device).to(x.dtype)]
-        inputs = [contender.to_layout(tokens).detach() for tokens in inputs]
+        inputs = [contender.layout.from_tokens(tokens).detach() for tokens in inputs]
         if mode == "forward":
             return measure.rotated(module, inputs)
         pairs = [(tokens.requires_grad_(), torch.randn_like(tokens)) for tokens in inputs]
-        return measure.rotated(partial(_training_step, module), pairs)
+        return measure.rotated(partial(registry.training_step, module), pairs)
 
     def _floor(self, tokens: int, mode: str, timings: dict[str, measure.Timing]) -> float:
         if self.rates is None:
@@ -270,11 +270,6 @@ class Sweep:
         directory.mkdir(parents=True, exist_ok=True)
         report.write_csv(directory / "token_sweep.csv", self.rows, self.environment)
         report.write_json(directory / "token_sweep.json", self.result())
-
-
-def _training_step(module: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    x, gradient = inputs
-    return torch.autograd.grad(module(x), [x, *module.parameters()], gradient)
 
 
 def fit_exponent(tokens: Sequence[int], seconds: Sequence[float]) -> float | None:
