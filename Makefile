@@ -8,11 +8,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: help test bench microbench gpu lint format clean
+.PHONY: help test bench bench-cpu microbench gpu lint format clean
 
 help:
 	@echo "make test        the tests (no GPU, no network)"
 	@echo "make bench       the benchmarks of README: OUT=$(OUT), at most 5 minutes"
+	@echo "make bench-cpu   the layer on this CPU beside its peers and its floor, at most 15 minutes"
 	@echo "make microbench  pytest-benchmark over every kernel"
 	@echo "make gpu OUT=dir build, test and measure on a GPU with PYTHON as it is, no .venv"
 	@echo "make lint        ruff, mypy, clang-format; make format applies them"
@@ -34,6 +35,9 @@ test: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks --out $(OUT)
+
+bench-cpu: $(VENV)/built
+	$(BIN)/python -m benchmarks.cpu --out $(OUT)
 
 microbench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds
