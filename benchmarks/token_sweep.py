@@ -272,13 +272,20 @@ class Sweep:
         report.write_json(directory / "token_sweep.json", self.result())
 
 
-def fit_exponent(tokens: Sequence[int], seconds: Sequence[float]) -> float | None:
-    """The exponent of ``seconds ~ tokens ** exponent`` over the largest N, from N / 16 on.
+def fit_exponent(
+    tokens: Sequence[int], seconds: Sequence[float], *, octaves: int | None = FIT_OCTAVES
+) -> float | None:
+    """The exponent of ``seconds ~ tokens ** exponent`` over the largest N.
+
+    Args:
+        tokens: every N.
+        seconds: the time at each, in any unit.
+        octaves: fit from the largest N down to its ``2 ** octaves``-th part; None fits all.
 
     Returns:
         The least-squares slope on logarithms, or None with fewer than three points to fit.
     """
-    smallest = max(tokens) / 2**FIT_OCTAVES
+    smallest = 0 if octaves is None else max(tokens) / 2**octaves
     points = [point for point in zip(tokens, seconds, strict=True) if point[0] >= smallest]
     if len(points) < 3:
         return None
