@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 VENV := .venv
 BIN := $(VENV)/bin
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h')
 
 .PHONY: help test bench bench-cpu microbench gpu lint format clean
 
