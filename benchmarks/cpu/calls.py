@@ -80,7 +80,11 @@ def measure_calls(shape: LayerShape = SHAPE, *, seconds: float) -> list[dict[str
         call, empty_call = microseconds(f"{name} module full"), microseconds(f"{name} module empty")
         operator = microseconds(f"{name} operator full")
         empty_operator = microseconds(f"{name} operator empty")
-        kernels = _difference(operator, empty_operator)
+        kernels = (
+            _difference(call, empty_call)
+            if operator is None
+            else _difference(operator, empty_operator)
+        )
         rows.append(
             {
                 "slices": shape.slices,

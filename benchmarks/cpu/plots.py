@@ -44,17 +44,19 @@ def roofline(result: Mapping[str, Any], path: Path) -> None:
     counts = list(dict.fromkeys(threads for _, threads in groups))
     peaks = {int(count): peak * 1e-9 for count, peak in result["fma_peaks"].items()}
     shapes = len(dict(report.grouped(rows, "slices", "tokens", "dim")))
-    size = (1 + 5.5 * len(counts), 1.4 + (1.2 + 0.32 * shapes) * len(modes))
-    with _figure(result, path, len(modes), len(counts), size, "Share of the peak") as panels:
+    title = "Share of the multiply-add units' peak, float32\n"
+    size = (1.5 + 5.5 * len(counts), 1.7 + (1.2 + 0.32 * shapes) * len(modes))
+    with _figure(result, path, len(modes), len(counts), size, title) as panels:
         for axes, (mode, threads) in zip(
             panels, [(mode, count) for mode in modes for count in counts], strict=True
         ):
             _draw_roofline(axes, groups[mode, threads], peaks.get(threads))
             axes.set_title(f"{TITLES[mode]}, {report.threads(threads)}")
+        # Below the title, which leaves a line free.
         handles, labels = panels[0].get_legend_handles_labels()
-        panels[0].figure.legend(
-            handles, labels, loc="outside upper right", ncols=len(labels), frameon=False, fontsize=9
-        )
+        top = (0.005, 1 - 0.26 / size[1])
+        where = {"loc": "upper left", "bbox_to_anchor": top, "ncols": len(labels)}
+        panels[0].figure.legend(handles, labels, **where, frameon=False, fontsize=9)
 
 
 def _draw_roofline(axes: Axes, rows: Sequence[Row], peak: float | None) -> None:
@@ -97,7 +99,9 @@ def thread_scaling(result: Mapping[str, Any], path: Path) -> None:
     """Speed-up over one thread, a panel for each shape."""
     groups = list(report.grouped(result["thread_rows"], "slices", "tokens", "dim"))
     size = (1 + 3.9 * len(groups), 4.6)
-    with _figure(result, path, 1, len(groups), size, "Speed-up by threads, forward") as panels:
+    with _figure(
+        result, path, 1, len(groups), size, "Speed-up by threads, forward, float32"
+    ) as panels:
         for axes, ((slices, tokens, dim), rows) in zip(panels, groups, strict=True):
             counts = sorted({row["threads"] for row in rows})
             axes.plot(counts, np.array(counts) / counts[0], ":", color="#bbbbbb", label="ideal")
@@ -116,7 +120,7 @@ def token_scaling(result: Mapping[str, Any], path: Path) -> None:
     rows = result["token_rows"]
     groups = list(report.grouped(rows, "threads"))
     slopes = {(fit["threads"], fit["contender"]): fit["exponent"] for fit in exponents(rows)}
-    title = f"Time of one token, forward, D = {rows[0]['dim']}"
+    title = f"Time of one token, forward, D = {rows[0]['dim']}, float32"
     with _figure(result, path, 1, len(groups), (1 + 5.5 * len(groups), 4.8), title) as panels:
         for axes, ((threads,), group) in zip(panels, groups, strict=True):
             for (name,), series in report.grouped(group, "contender"):
@@ -160,7 +164,7 @@ def _figure(
             rows, columns, figsize=size, layout="constrained", squeeze=False
         )
         yield list(panels.flat)
-        figure.suptitle(f"{title}, float32", x=0.01, ha="left", fontsize=13, fontweight="bold")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
         commit = f", commit {header['commit'][:9]}" if header["commit"] else ""
         caption = f"{header['cpu']}, {header['cores']} cores, torch {header['torch']}, "
         caption += f"{header['date'][:10]}{commit}. Medians of interleaved turns."

@@ -104,6 +104,13 @@ class Report:
             report.write_csv(self.out / f"{self.stem}.csv", self.result["rows"], header)
         report.write_json(self.out / f"{self.stem}.json", self.result)
 
+    def measure_peaks(self) -> None:
+        """Measures the multiply-add units again: what disturbed them once may be over by now."""
+        peaks = self.result["fma_peaks"]
+        for count, peak in ceilings.fma_peaks(list(peaks)).items():
+            peaks[count] = max(peak, peaks[count])
+        report.write_json(self.out / f"{self.stem}.json", self.result)
+
     def draw(self) -> None:
         for part, draw, name in (
             ("rows", plots.roofline, "roofline"),
@@ -186,6 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             for rows in table.measure_cases(cases, settings):
                 add("rows", rows, name)
+    written.measure_peaks()
     written.draw()
     text = written.to_markdown()
     (options.out / f"{written.stem}.md").write_text(text)
