@@ -43,13 +43,22 @@ class Timing:
     samples: int
     rounds: tuple[float, ...] = ()  # the median of each round
 
-    def ratio_to(self, other: Timing) -> float:
-        """How many times longer this call takes: the median over rounds of the ratio within one.
+    def ratios_to(self, other: Timing) -> tuple[float, float, float]:
+        """How many times longer this call takes: the quartiles over rounds of the ratio within one.
 
         A machine whose pace changes from round to round changes both, and the ratio stays.
+
+        Returns:
+            The lower quartile, the median and the upper quartile.
         """
         pairs = zip(self.rounds, other.rounds, strict=True)
-        return statistics.median(mine / theirs for mine, theirs in pairs)
+        ratios = [mine / theirs for mine, theirs in pairs]
+        lower, median, upper = (float(q) for q in np.quantile(ratios, [0.25, 0.5, 0.75]))
+        return lower, median, upper
+
+    def ratio_to(self, other: Timing) -> float:
+        """The median of :meth:`ratios_to`."""
+        return self.ratios_to(other)[1]
 
 
 class WrongResultError(RuntimeError):

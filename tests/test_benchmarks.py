@@ -99,6 +99,7 @@ def test_ratios_are_taken_within_a_round() -> None:
     mine = measure.Timing(2.0, 2.0, 2.0, 3, rounds=(2.0, 8.0, 2.2))
     theirs = measure.Timing(1.0, 1.0, 1.0, 3, rounds=(1.0, 4.0, 1.0))
     assert mine.ratio_to(theirs) == 2.0
+    assert mine.ratios_to(theirs) == pytest.approx((2.0, 2.0, 2.1))
 
 
 def test_a_fast_contender_is_sampled_more_often_in_its_turn() -> None:

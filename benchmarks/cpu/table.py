@@ -70,7 +70,7 @@ class Settings:
     dtypes: tuple[str, ...] = DTYPES["forward"]
     modes: tuple[str, ...] = MODES
     compiled: bool = True
-    seconds: float = 1.0  # spent on each case, compilation and checks left out
+    seconds: float = 1.5  # spent on each case, compilation and checks left out
 
     def cases(self) -> Iterator[list[Case]]:
         """Those that share inputs and oracle, and differ by the number of threads, together."""
@@ -133,6 +133,7 @@ def _row(
             return None
         return timings[numerator].ratio_to(timings[denominator])
 
+    lower, median, upper = timing.ratios_to(timings[FLOOR]) if timing else (None, None, None)
     shape = case.shape
     return {
         "mode": case.mode,
@@ -149,7 +150,9 @@ def _row(
         "rounds": len(timing.rounds) if timing else 0,
         "timm_ratio": ratio(TIMM, name),
         "compiled_ratio": ratio(COMPILED, name),
-        "floor_ratio": ratio(name, FLOOR),
+        "floor_ratio": median,
+        "floor_ratio_lower": lower,
+        "floor_ratio_upper": upper,
         "gflops": timing and operations / timing.median * 1e-9,
         "error": error,
         "status": status,
