@@ -10,9 +10,9 @@ export CMAKE_ARGS = -DSEP_ATTN_BUILD_TESTS=ON
 
 VENV := .venv
 BIN := $(VENV)/bin
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h')
 
-.PHONY: help test sanitize test-neon fuzz bench microbench gpu lint format clean
+.PHONY: help test sanitize test-neon fuzz bench microbench gpu lint format clean bench-cpu
 
 help:
 	@echo "make test        the tests (no GPU, no network)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-neon   the same for 64-bit ARM, cross-compiled, in QEMU"
 	@echo "make fuzz        random calls against float64: CASES=$(CASES) SEED=$(SEED)"
 	@echo "make bench       the benchmarks of README: OUT=$(OUT), at most 5 minutes"
+	@echo "make bench-cpu   the layer on this CPU beside its peers and its floor, at most 15 minutes"
 	@echo "make microbench  pytest-benchmark over every kernel"
 	@echo "make gpu OUT=dir build, test and measure on a GPU with PYTHON as it is, no .venv"
 	@echo "make lint        ruff, mypy, clang-format; make format applies them"
@@ -64,6 +65,9 @@ fuzz: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m benchmarks --out $(OUT)
+
+bench-cpu: $(VENV)/built
+	$(BIN)/python -m benchmarks.cpu --out $(OUT)
 
 microbench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds

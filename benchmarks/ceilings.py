@@ -3,12 +3,18 @@
 The layer keeps two products a token in the forward pass and six in training, ``2 D^2`` operations
 each. On a CPU the ceiling is those products by ``torch.mm`` and nothing else. On a GPU it is the
 slower of the operations at the rate of one large product and the least memory traffic at the rate
-of one large copy.
+of one large copy. Above both stands what the processor's multiply-add units do on registers alone.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -89,3 +95,25 @@ def cpu_products(x: Tensor, *, mode: str) -> measure.Call:
         torch.mm(grad_y.t(), tokens, out=grad_weight)
 
     return training
+
+
+def fma_peaks(threads: Sequence[int]) -> dict[int, float]:
+    """The most float32 operations a second this CPU can do, by number of threads.
+
+    The best of twenty runs of fused multiply-adds on registers alone (``fma_peak.cpp``), compiled
+    here with all that this processor has. Empty where there is no compiler.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        return {}
+    with tempfile.TemporaryDirectory() as directory:
+        program = str(Path(directory) / "fma_peak")
+        source = str(Path(__file__).with_name("fma_peak.cpp"))
+        options = ["-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-pthread"]
+        subprocess.run([compiler, *options, source, "-o", program], check=True)
+
+        def peak(count: int) -> float:
+            command = [program, str(count)]
+            return float(subprocess.run(command, check=True, capture_output=True).stdout)
+
+        return {count: peak(count) for count in threads}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
+import random
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +22,7 @@ Sampler = Callable[[Call, int], float]  # (call, repeats) -> seconds one call to
 
 TURN_SECONDS = 0.02  # a fast contender is sampled for this long before the next has its turn
 SAMPLE_SECONDS = 1e-3  # a call shorter than this is repeated within one sample
+LEAD_IN_LIMIT = 0.2  # seconds; a longer call outweighs the caches that it starts from
 
 # The furthest a result may lie from the float64 oracle, as a share of the oracle's largest value.
 TOLERANCES = {
@@ -37,6 +41,24 @@ class Timing:
     lower_quartile: float
     upper_quartile: float
     samples: int
+    rounds: tuple[float, ...] = ()  # the median of each round
+
+    def ratios_to(self, other: Timing) -> tuple[float, float, float]:
+        """How many times longer this call takes: the quartiles over rounds of the ratio within one.
+
+        A machine whose pace changes from round to round changes both, and the ratio stays.
+
+        Returns:
+            The lower quartile, the median and the upper quartile.
+        """
+        pairs = zip(self.rounds, other.rounds, strict=True)
+        ratios = [mine / theirs for mine, theirs in pairs]
+        lower, median, upper = (float(q) for q in np.quantile(ratios, [0.25, 0.5, 0.75]))
+        return lower, median, upper
+
+    def ratio_to(self, other: Timing) -> float:
+        """The median of :meth:`ratios_to`."""
+        return self.ratios_to(other)[1]
 
 
 class WrongResultError(RuntimeError):
@@ -93,7 +115,10 @@ def interleaved(
     """Times contenders in turns, so that a change of the machine's pace meets all of them.
 
     Every round gives each contender one turn: one sample of a slow call, or as many samples as
-    fit into ``TURN_SECONDS``. Rounds go on until ``seconds`` have passed.
+    fit into ``TURN_SECONDS``. A turn opens with one sample that is not counted, so that caches,
+    allocator and threads are as this contender leaves them and not as the one before it did; the
+    order is drawn anew for each round, so that none always follows the same one. Python's garbage
+    collector rests. Rounds go on until ``seconds`` have passed.
 
     Args:
         contenders: name -> a call without arguments; results are dropped.
@@ -112,33 +137,63 @@ def interleaved(
     if min_rounds < 1:
         raise ValueError(f"min_rounds is {min_rounds}; at least one round must be made")
     sample = sample or wall_clock(synchronize)
-    repeats = {name: _warm_up(call, sample, warmup_seconds) for name, call in contenders.items()}
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    spent, rounds = 0.0, 0
-    while contenders and (rounds < min_rounds or spent < seconds):
-        for name, call in contenders.items():
-            turn = 0.0
-            while turn < TURN_SECONDS:
-                samples[name].append(sample(call, repeats[name]))
-                took = samples[name][-1] * repeats[name]
-                turn += max(took, SAMPLE_SECONDS)
+    order = list(contenders)
+    shuffle = random.Random(0).shuffle
+    rounds: dict[str, list[list[float]]] = {name: [] for name in contenders}
+    spent = 0.0
+    with _no_garbage_collection():
+        expected = {name: _warm_up(contenders[name], sample, warmup_seconds) for name in order}
+        while contenders and (len(rounds[order[0]]) < min_rounds or spent < seconds):
+            shuffle(order)
+            for name in order:
+                turn, took = _turn(contenders[name], sample, expected[name])
+                rounds[name].append(turn)
                 spent += took
-        rounds += 1
-    return {name: _summary(taken) for name, taken in samples.items()}
+    return {name: _summary(turns) for name, turns in rounds.items()}
 
 
-def _warm_up(call: Call, sample: Sampler, warmup_seconds: float) -> int:
-    """Runs a contender untimed and says how often to repeat it within one sample."""
-    spent, last = 0.0, SAMPLE_SECONDS
+def _turn(call: Call, sample: Sampler, expected: float) -> tuple[list[float], float]:
+    """The samples of one turn of a call expected to take so long, and the seconds it took."""
+    repeats = max(1, math.ceil(SAMPLE_SECONDS / max(expected, 1e-9)))
+    samples: list[float] = []
+    spent = turn = 0.0
+    if expected < LEAD_IN_LIMIT:
+        spent += sample(call, repeats) * repeats
+    while turn < TURN_SECONDS:
+        samples.append(sample(call, repeats))
+        took = samples[-1] * repeats
+        turn += max(took, SAMPLE_SECONDS)
+        spent += took
+    return samples, spent
+
+
+def _warm_up(call: Call, sample: Sampler, warmup_seconds: float) -> float:
+    """Runs a contender untimed and says how long a call takes by now; with no warm-up, that it is
+    too slow for one."""
+    spent, taken = 0.0, []
     while spent < warmup_seconds:
-        last = sample(call, 1)
-        spent += max(last, warmup_seconds / 1000)
-    return max(1, math.ceil(SAMPLE_SECONDS / max(last, 1e-9)))
+        taken.append(sample(call, 1))
+        spent += max(taken[-1], warmup_seconds / 1000)
+    # The later half: the first calls may still allocate, compile or start threads.
+    return statistics.median(taken[len(taken) // 2 :]) if taken else math.inf
 
 
-def _summary(samples: Sequence[float]) -> Timing:
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _summary(turns: Sequence[Sequence[float]]) -> Timing:
+    samples = [taken for turn in turns for taken in turn]
     lower, median, upper = (float(q) for q in np.quantile(samples, [0.25, 0.5, 0.75]))
-    return Timing(median, lower, upper, len(samples))
+    rounds = tuple(statistics.median(turn) for turn in turns)
+    return Timing(median, lower, upper, len(samples), rounds)
 
 
 def check(

@@ -7,6 +7,8 @@ function and each is held to it before it is timed.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -138,6 +140,13 @@ def _with_weights(module: nn.Module, weights: Weights) -> nn.Module:
     return module
 
 
+def _build_timm_compiled(weights: Weights) -> nn.Module:
+    """timm's module, compiled for the one shape that it meets."""
+    module = _with_weights(models.timm_attention(weights.dim), weights)
+    module.compile(dynamic=False)
+    return module
+
+
 def _build_compiled(weights: Weights) -> nn.Module:
     module = _with_weights(LiteralSeparableAttention(weights.dim), weights)
     module.compile(dynamic=True)  # one compilation serves every number of tokens
@@ -145,11 +154,43 @@ def _build_compiled(weights: Weights) -> nn.Module:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How a layer takes the tokens ``[S, N, D]`` of S slices, and the way back."""
+
+    label: str
+    from_tokens: Callable[[Tensor], Tensor]
+    to_tokens: Callable[[Tensor], Tensor]
+
+
+TOKENS = Layout("[B, N, D]", lambda x: x, lambda x: x)
+PATCHES = Layout(  # the slices of one image: [1, D, S, N]
+    "[B, D, P, N]",
+    lambda x: x.permute(2, 0, 1).unsqueeze(0).contiguous(),
+    lambda x: x.squeeze(0).permute(1, 2, 0),
+)
+
+
+def image_layout(tokens: int, patch_size: tuple[int, int]) -> Layout:
+    """One image ``[1, D, H, W]`` whose patches make the slices, as near to a square as N allows."""
+    patch_h, patch_w = patch_size
+    rows = next(n for n in range(math.isqrt(tokens), 0, -1) if tokens % n == 0)
+
+    def from_tokens(x: Tensor) -> Tensor:
+        grid = x.view(patch_h, patch_w, rows, tokens // rows, x.shape[-1])
+        return grid.permute(4, 2, 0, 3, 1).flatten(3, 4).flatten(1, 2).unsqueeze(0).contiguous()
+
+    def to_tokens(x: Tensor) -> Tensor:
+        grid = x.squeeze(0).unflatten(2, (-1, patch_w)).unflatten(1, (-1, patch_h))
+        return grid.permute(2, 4, 1, 3, 0).flatten(2, 3).flatten(0, 1)
+
+    return Layout("[B, D, H, W]", from_tokens, to_tokens)
+
+
+@dataclass(frozen=True)
 class Contender:
     """A layer to measure.
 
     ``build`` gives a module with the parameters ``Weights``, on their device and in their dtype.
-    ``patches`` says that it takes ``[B, D, 1, N]``; otherwise it takes ``[B, N, D]``.
     ``scores_in_memory`` names the devices where its forward stores the N x N scores of each head.
     """
 
@@ -159,15 +200,8 @@ class Contender:
     color: str
     marker: str
     build: Callable[[Weights], nn.Module]
-    patches: bool = False
+    layout: Layout = TOKENS
     scores_in_memory: tuple[str, ...] = ()
-
-    def to_layout(self, x: Tensor) -> Tensor:
-        """``[B, N, D]`` as the contender takes it, contiguous."""
-        return x.transpose(1, 2).unsqueeze(2).contiguous() if self.patches else x
-
-    def from_layout(self, x: Tensor) -> Tensor:
-        return x.squeeze(2).transpose(1, 2) if self.patches else x
 
     def peak_bytes(self, batch: int, tokens: int, dim: int, device: str, itemsize: int) -> int:
         """An upper estimate of the memory of one call, training included."""
@@ -220,7 +254,16 @@ CONTENDERS = {
             "#999999",
             "P",
             lambda weights: _with_weights(models.timm_attention(weights.dim), weights),
-            patches=True,
+            layout=PATCHES,
+        ),
+        Contender(
+            "timm_compiled",
+            "timm LinearSelfAttention, torch.compile",
+            SEPARABLE,
+            "#CC79A7",
+            "X",
+            _build_timm_compiled,
+            layout=PATCHES,
         ),
         Contender(
             "sep_attn",
@@ -237,7 +280,7 @@ CONTENDERS = {
             "#004D38",
             "o",
             lambda weights: _with_weights(SeparableAttention(weights.dim), weights),
-            patches=True,
+            layout=PATCHES,
         ),
     )
 }
@@ -260,23 +303,51 @@ SWEEP_TOKENS = {
 
 @dataclass(frozen=True)
 class LayerShape:
-    """``[slices, tokens, dim]``, or ``[1, dim, slices, tokens]`` in timm's layout."""
+    """Slices of tokens: ``[slices, N, D]``, ``[1, D, slices, N]`` or one image of patches."""
 
     slices: int
     tokens: int
     dim: int
 
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """The patch that gives so many slices of one image: 2 x 2 for 4, as in MobileViTv2."""
+        side = math.isqrt(self.slices)
+        return (side, side) if side * side == self.slices else (self.slices, 1)
+
+    def __str__(self) -> str:
+        return f"{self.slices}x{self.tokens}x{self.dim}"
+
 
 LAYER_SHAPES = (
     LayerShape(4, 16, 256),  # mobilevitv2_100, stage 5
+    LayerShape(4, 64, 144),
     LayerShape(4, 64, 192),  # mobilevitv2_100, stage 4
-    LayerShape(4, 256, 128),  # mobilevitv2_100, stage 3
     LayerShape(4, 256, 64),  # mobilevitv2_050, stage 3
-    LayerShape(1, 197, 768),  # a vision transformer's tokens
+    LayerShape(4, 256, 128),  # mobilevitv2_100, stage 3
+    LayerShape(1, 196, 384),  # vision transformers, small and base
+    LayerShape(1, 197, 768),
+    LayerShape(1, 1024, 96),
     LayerShape(1, 4096, 128),
     LayerShape(1, 16384, 128),
     LayerShape(1, 4096, 512),
 )
+
+
+def image_contender(shape: LayerShape) -> Contender:
+    """sep_attn on ``[1, D, H, W]``, where the layer cuts the patches itself."""
+    patch_size = shape.patch_size
+
+    def build(weights: Weights) -> nn.Module:
+        return _with_weights(SeparableAttention(weights.dim, patch_size=patch_size), weights)
+
+    return dataclasses.replace(
+        CONTENDERS["sep_attn_patches"],
+        key="sep_attn_image",
+        label="sep_attn.SeparableAttention [B, D, H, W]",
+        build=build,
+        layout=image_layout(shape.tokens, patch_size),
+    )
 
 
 def draw_tokens(
@@ -336,16 +407,27 @@ def layer_results(contender: Contender, module: nn.Module, x: Tensor, *, mode: s
     queries = checked_tokens(contender.family, x.shape[1], x.device)
     if mode == "forward":
         with torch.no_grad():
-            return [contender.from_layout(module(contender.to_layout(x)))[:, queries]]
-    x = contender.to_layout(x).detach().requires_grad_()
+            return [contender.layout.to_tokens(module(contender.layout.from_tokens(x)))[:, queries]]
+    x = contender.layout.from_tokens(x).detach().requires_grad_()
     out = module(x)
-    tokens = contender.from_layout(out)
+    tokens = contender.layout.to_tokens(out)
     gradient = torch.zeros_like(tokens)
     gradient[:, queries] = _output_gradient(tokens[:, queries], tokens.dtype)
     parameters = list(module.parameters())
     grad_x, *grads = torch.autograd.grad(tokens, [x, *parameters], gradient)
     flat = [grad.flatten(1) if grad.dim() == 4 else grad for grad in grads]
-    return [tokens[:, queries].detach(), contender.from_layout(grad_x), *flat]
+    return [tokens[:, queries].detach(), contender.layout.to_tokens(grad_x), *flat]
+
+
+def training_step(module: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Forward and backward: the gradients of the input and of all weights.
+
+    Args:
+        module: a layer in training mode.
+        inputs: what it takes, and the gradient of what it gives.
+    """
+    x, gradient = inputs
+    return torch.autograd.grad(module(x), [x, *module.parameters()], gradient)
 
 
 def verify(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +40,34 @@ def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     """A table to print: ``columns`` maps the key in a row to the heading."""
     body = [[row.get(key) for key in columns] for row in rows]
     return tabulate(body, headers=list(columns.values()), floatfmt=".4g", missingval="")
+
+
+def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
+    """A table in Markdown; numbers with two digits behind the point."""
+    body = [[_two_digits(row.get(key)) for key in columns] for row in rows]
+    right = [any(isinstance(row.get(key), float) for row in rows) for key in columns]
+    return tabulate(
+        body,
+        headers=list(columns.values()),
+        tablefmt="github",
+        disable_numparse=True,
+        colalign=["right" if numbers else "left" for numbers in right] if rows else None,
+    )
+
+
+def threads(count: int) -> str:
+    return f"{count} thread" if count == 1 else f"{count} threads"
+
+
+def grouped(rows: Iterable[Row], *columns: str) -> Iterator[tuple[tuple[Any, ...], list[Row]]]:
+    """The rows that agree in some columns, in the order in which they came."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[column] for column in columns), []).append(row)
+    yield from groups.items()
+
+
+def _two_digits(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import ceilings, environment, measure, plots, registry, report
@@ -202,11 +202,11 @@ class Sweep:
         copies = measure.copies_beyond_cache(x.numel() * x.element_size(), x.device)
         # The first is x itself; the others are drawn on the device, since they are never compared.
         inputs = [x, *torch.randn(copies - 1, *x.shape, device=x.device).to(x.dtype)]
-        inputs = [contender.to_layout(tokens).detach() for tokens in inputs]
+        inputs = [contender.layout.from_tokens(tokens).detach() for tokens in inputs]
         if mode == "forward":
             return measure.rotated(module, inputs)
         pairs = [(tokens.requires_grad_(), torch.randn_like(tokens)) for tokens in inputs]
-        return measure.rotated(partial(_training_step, module), pairs)
+        return measure.rotated(partial(registry.training_step, module), pairs)
 
     def _floor(self, tokens: int, mode: str, timings: dict[str, measure.Timing]) -> float:
         if self.rates is None:
@@ -272,18 +272,20 @@ class Sweep:
         report.write_json(directory / "token_sweep.json", self.result())
 
 
-def _training_step(module: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    x, gradient = inputs
-    return torch.autograd.grad(module(x), [x, *module.parameters()], gradient)
+def fit_exponent(
+    tokens: Sequence[int], seconds: Sequence[float], *, octaves: int | None = FIT_OCTAVES
+) -> float | None:
+    """The exponent of ``seconds ~ tokens ** exponent`` over the largest N.
 
-
-def fit_exponent(tokens: Sequence[int], seconds: Sequence[float]) -> float | None:
-    """The exponent of ``seconds ~ tokens ** exponent`` over the largest N, from N / 16 on.
+    Args:
+        tokens: every N.
+        seconds: the time at each, in any unit.
+        octaves: fit from the largest N down to its ``2 ** octaves``-th part; None fits all.
 
     Returns:
         The least-squares slope on logarithms, or None with fewer than three points to fit.
     """
-    smallest = max(tokens) / 2**FIT_OCTAVES
+    smallest = 0 if octaves is None else max(tokens) / 2**octaves
     points = [point for point in zip(tokens, seconds, strict=True) if point[0] >= smallest]
     if len(points) < 3:
         return None

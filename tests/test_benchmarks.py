@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -15,19 +16,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import (
     ceilings,
     environment,
     gpu,
-    layer_table,
     measure,
     plots,
     registry,
     report,
     token_sweep,
 )
+from benchmarks.cpu import calls, memory, run, scaling, table, workload
 from benchmarks.registry import CONTENDERS, MODES, OURS
 
 CPU = torch.device("cpu")
@@ -51,17 +53,53 @@ class FakeClock:
 
 
 def test_contenders_take_turns_and_the_median_counts() -> None:
-    clock = FakeClock(a=[0.1, 0.9, 0.2], b=[0.3, 0.4, 5.0])
+    clock = FakeClock(a=[9.0, 0.1, 0.9, 0.2], b=[9.0, 0.3, 0.4, 5.0])
     timings = measure.interleaved(
         {"a": clock.call("a"), "b": clock.call("b")},
         seconds=0.0,
         min_rounds=3,
         sample=clock.sample,
+        warmup_seconds=1e-9,  # one call each: of 9 s, so that no turn has a lead-in
+    )
+    assert clock.order[:2] == ["a", "b"]
+    turns = [clock.order[start : start + 2] for start in (2, 4, 6)]
+    assert all(sorted(turn) == ["a", "b"] for turn in turns)
+    quartiles = (pytest.approx(0.15), pytest.approx(0.55))
+    assert timings["a"] == measure.Timing(0.2, *quartiles, 3, (0.1, 0.9, 0.2))
+    assert timings["b"].median == 0.4
+
+
+def test_no_contender_always_follows_the_same_one() -> None:
+    clock = FakeClock(a=[0.5], b=[0.5], c=[0.5])
+    measure.interleaved(
+        {name: clock.call(name) for name in "abc"},
+        seconds=0.0,
+        min_rounds=20,
+        sample=clock.sample,
         warmup_seconds=0.0,
     )
-    assert clock.order == ["a", "b"] * 3
-    assert timings["a"] == measure.Timing(0.2, pytest.approx(0.15), pytest.approx(0.55), 3)
-    assert timings["b"].median == 0.4
+    assert {"ab", "ac", "ba", "bc", "ca", "cb"} <= set(
+        map("".join, itertools.pairwise(clock.order))
+    )
+
+
+def test_a_turn_opens_with_a_sample_that_does_not_count() -> None:
+    clock = FakeClock(a=[0.03, 9.0, 0.03, 9.0, 0.05])  # warm-up, then twice a cold and a warm one
+    timings = measure.interleaved(
+        {"a": clock.call("a")},
+        seconds=0.0,
+        min_rounds=2,
+        sample=clock.sample,
+        warmup_seconds=0.01,
+    )
+    assert timings["a"].rounds == (0.03, 0.05)
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    mine = measure.Timing(2.0, 2.0, 2.0, 3, rounds=(2.0, 8.0, 2.2))
+    theirs = measure.Timing(1.0, 1.0, 1.0, 3, rounds=(1.0, 4.0, 1.0))
+    assert mine.ratio_to(theirs) == 2.0
+    assert mine.ratios_to(theirs) == pytest.approx((2.0, 2.0, 2.1))
 
 
 def test_a_fast_contender_is_sampled_more_often_in_its_turn() -> None:
@@ -76,8 +114,8 @@ def test_a_fast_contender_is_sampled_more_often_in_its_turn() -> None:
     samples = round(measure.TURN_SECONDS / measure.SAMPLE_SECONDS)
     assert timings["fast"].samples == pytest.approx(samples, abs=1)
     assert timings["slow"].samples == 1
-    # Ten warm-up calls of 0.1 ms, then ten calls within each sample of 1 ms.
-    assert clock.order.count("fast") == 10 + 10 * timings["fast"].samples
+    # Ten warm-up calls of 0.1 ms, then ten calls within each sample of 1 ms, the first not counted.
+    assert clock.order.count("fast") == 10 + 10 * (1 + timings["fast"].samples)
 
 
 def test_rounds_go_on_until_the_time_is_spent() -> None:
@@ -167,6 +205,14 @@ def test_fit_recovers_the_exponent_of_the_largest_tokens(exponent: float) -> Non
     overhead = [1e-3 if n < 1024 else 0.0 for n in tokens]  # small N are flat and must not count
     seconds = [1e-7 * n**exponent + extra for n, extra in zip(tokens, overhead, strict=True)]
     assert token_sweep.fit_exponent(tokens, seconds) == pytest.approx(exponent)
+
+
+def test_fit_can_take_every_point() -> None:
+    tokens = [2**power for power in range(10, 21)]
+    seconds = [1e-7 * n if n < 2**16 else 1e-7 * n**1.5 / 256 for n in tokens]
+    assert token_sweep.fit_exponent(tokens, seconds) == pytest.approx(1.5)
+    fitted = token_sweep.fit_exponent(tokens, seconds, octaves=None)
+    assert fitted is not None and 1.0 < fitted < 1.5
 
 
 def test_fit_needs_three_points() -> None:
@@ -318,26 +364,195 @@ def test_token_sweep_ends_in_time(tmp_path: Path) -> None:
     assert not (tmp_path / "token_sweep.png").exists()
 
 
-def test_layer_table_row() -> None:
-    with measure.threads(1):
-        row = layer_table.measure_shape(registry.LAYER_SHAPES[0], seconds=0.01)
-    assert (row["slices"], row["tokens"], row["dim"], row["threads"]) == (4, 16, 256, 1)
-    assert row["timm / prototype"], (
-        row["prototype / products"] == layer_table.PROTOTYPE[registry.LAYER_SHAPES[0]][1]
-    )
-    assert row["timm / sep_attn"] > 0 and row["sep_attn / products"] > 0
-    assert row["status"] == "timed"
+SMALL = registry.LayerShape(4, 12, 16)
 
 
-def test_layer_table_refuses_a_wrong_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [SMALL, registry.LayerShape(1, 7, 8), registry.LAYER_SHAPES[0]])
+def test_layouts_hold_the_same_slices(shape: registry.LayerShape) -> None:
+    x = registry.draw_tokens(shape.slices, shape.tokens, shape.dim, CPU, torch.float32)
+    image = registry.image_contender(shape).layout
+    for layout in (registry.TOKENS, registry.PATCHES, image):
+        taken = layout.from_tokens(x)
+        assert taken.is_contiguous() and taken.numel() == x.numel()
+        assert torch.equal(layout.to_tokens(taken), x)
+    patches = registry.PATCHES.from_tokens(x)
+    assert patches.shape == (1, shape.dim, shape.slices, shape.tokens)
+    # timm's unfolding of the image gives timm's layout.
+    pixels = image.from_tokens(x)
+    patch_h, patch_w = shape.patch_size
+    unfolded = F.unfold(pixels.transpose(0, 1), (patch_h, patch_w), stride=(patch_h, patch_w))
+    assert torch.equal(unfolded.unsqueeze(0), patches)
+
+
+def test_cpu_goals_cover_all_that_is_timed() -> None:
+    assert set(table.GOALS) == {(mode, dtype) for mode in MODES for dtype in table.DTYPES[mode]}
+
+
+def test_cpu_summary_is_the_mean_and_the_worst_over_shapes() -> None:
+    case = table.Case(SMALL, "float32", "forward", 1)
+
+    def timing(seconds: float) -> measure.Timing:
+        return measure.Timing(seconds, seconds, seconds, 1, (seconds,))
+
+    rows = []
+    for ours in (1.0, 4.0):
+        timings = {"timm_eager": timing(8.0), "floor": timing(2.0), "sep_attn": timing(ours)}
+        operations = workload.Workload(SMALL).operations
+        rows.append(table._row(case, "sep_attn", "timed", timings, 0.0, operations))
+    tokens, *others = table.summarize(rows)
+    assert (tokens["timm"], tokens["timm_worst"]) == (pytest.approx(4.0), 2.0)
+    assert (tokens["floor"], tokens["floor_worst"]) == (pytest.approx(1.0), 2.0)
+    assert tokens["compiled"] is None
+    assert tokens["timm_goal"] == 2.5 and tokens["floor_worst_goal"] == 1.2
+    assert all(line["timm"] is None for line in others)
+    assert rows[0]["gflops"] == pytest.approx(4 * 4 * 12 * 16**2 * 1e-9)
+
+
+def test_cpu_table_writes_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--out", str(tmp_path), "--shapes", "4x12x16", "--seconds", "0"]
+    with torch.compiler.set_stance("force_eager"):  # compiling takes a minute
+        assert run.main([*arguments, "--threads", "1", "--parts", "table"]) == 0
+    result = json.loads((tmp_path / "cpu.json").read_text())
+    rows = result["rows"]
+    lines = {(row["mode"], row["dtype"]) for row in rows}
+    assert len(lines) == 4  # three dtypes forward and one in training
+    for row in rows:
+        assert row["status"] == "timed" and row["milliseconds"] > 0 and row["floor_ratio"] > 0
+        assert row["contender"] == "floor" or row["error"] < 5e-2
+    ours = [row for row in rows if row["contender"] in workload.LAYOUTS]
+    assert len(ours) == 3 * len(lines)
+    assert all((row["compiled_ratio"] is None) == (row["dtype"] != "float32") for row in ours)
+    assert len(result["summary"]) == 3 * len(lines)
+    text = (tmp_path / "cpu.md").read_text()
+    assert text in capsys.readouterr().out
+    for heading in (
+        "### Forward, bfloat16, 1 thread",
+        "### Forward + backward, float32, 1 thread",
+    ):
+        assert heading in text
+    assert "| 4, 12, 16 " in text and f"| {torch.__version__}" in text
+    with (tmp_path / "cpu.csv").open() as file:
+        csv_rows = [line for line in file if not line.startswith("# ")]
+    assert len(list(csv.DictReader(csv_rows))) == len(rows)
+    assert is_picture(tmp_path / "cpu_roofline.png")
+
+
+def is_picture(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+def test_cpu_refuses_a_wrong_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     wrong = WrongLayer()
     monkeypatch.setitem(
         CONTENDERS, OURS, dataclasses.replace(CONTENDERS[OURS], build=lambda weights: wrong)
     )
-    row = layer_table.measure_shape(registry.LAYER_SHAPES[0], seconds=0.01)
-    assert row["status"].startswith("refused: sep_attn tokens: result 0")
-    assert row["timm ms"] is None and row["sep_attn / products"] is None
+    arguments = ["--out", str(tmp_path), "--shapes", "4x12x16", "--seconds", "0", "--quick"]
+    assert run.main([*arguments, "--threads", "1"]) == 1
+    result = json.loads((tmp_path / "cpu_quick.json").read_text())
+    rows = {row["contender"]: row for row in result["rows"]}
+    assert rows[OURS]["status"].startswith("refused: sep_attn.SeparableAttention: result 0")
+    assert rows[OURS]["milliseconds"] is None and rows[OURS]["floor_ratio"] is None
+    assert rows["sep_attn_image"]["milliseconds"] > 0
     assert wrong.calls == 1
+    assert "refused: sep_attn" in capsys.readouterr().out
+
+
+def test_cpu_leaves_out_what_no_time_is_left_for(tmp_path: Path) -> None:
+    arguments = ["--out", str(tmp_path), "--shapes", "4x12x16", "--quick", "--time-limit", "0"]
+    assert run.main([*arguments, "--threads", "1"]) == 0
+    rows = json.loads((tmp_path / "cpu_quick.json").read_text())["rows"]
+    assert {row["status"] for row in rows} == {"left out: the 0 s were over"}
+    assert "left out" in (tmp_path / "cpu_quick.md").read_text()
+
+
+def test_cpu_shapes_are_three_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.parse_shape("4x256x128") == registry.LayerShape(4, 256, 128)
+    with pytest.raises(SystemExit):
+        run.parse(["--out", "x", "--shapes", "4x256"])
+    assert "'4x256' is no shape; expected" in capsys.readouterr().err
+
+
+def test_cpu_parts_beside_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "TOKENS", (16, 32, 64))
+    monkeypatch.setattr(memory, "SHAPES", (SMALL,))
+    arguments = ["--out", str(tmp_path), "--seconds", "0", "--threads", "1"]
+    assert run.main([*arguments, "--parts", "calls", "memory", "tokens"]) == 0
+    result = json.loads((tmp_path / "cpu.json").read_text())
+    for row in result["call_rows"]:
+        assert row["call"] > 0
+        if row["operator"] is not None:
+            assert row["python"] == pytest.approx(row["call"] - row["operator"])
+            assert row["overhead"] == pytest.approx(row["call"] - row["kernels"])
+    assert len(result["memory_rows"]) == len(MODES) * 4
+    assert {row["tokens"] for row in result["token_rows"]} == {16, 32, 64}
+    text = (tmp_path / "cpu.md").read_text()
+    for heading in ("## Small calls", "## Memory", "## Tokens"):
+        assert heading in text
+    assert is_picture(tmp_path / "cpu_tokens.png")
+
+
+def test_cpu_thread_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "THREAD_SHAPES", (SMALL,))
+    before = torch.get_num_threads()
+    arguments = ["--out", str(tmp_path), "--seconds", "0", "--threads", "1", "2"]
+    assert run.main([*arguments, "--parts", "threads"]) == 0
+    assert torch.get_num_threads() == before
+    rows = json.loads((tmp_path / "cpu.json").read_text())["thread_rows"]
+    assert [row["speedup"] for row in rows if row["threads"] == 1] == [1.0] * 5
+    assert all(row["speedup"] > 0 for row in rows)
+    assert "speed-up on 2 |" in (tmp_path / "cpu.md").read_text()
+    assert is_picture(tmp_path / "cpu_threads.png")
+
+
+def test_cpu_thread_counts_end_with_all() -> None:
+    assert scaling.thread_counts(1) == [1]
+    assert scaling.thread_counts(4) == [1, 2, 3, 4]
+    assert scaling.thread_counts(24) == [1, 2, 3, 4, 5, 6, 7, 8, 16, 24]
+
+
+def test_the_operator_is_called_as_the_module_calls_it() -> None:
+    work = workload.Workload(SMALL)
+    module = work.build(OURS)
+    with torch.no_grad():
+        operator = calls.operator_call(module, work.x)
+        assert operator is not None
+        assert torch.equal(operator(), module(work.x))
+    assert calls.operator_call(nn.ReLU(), work.x) is None
+
+
+def test_memory_counts_what_is_held_at_once() -> None:
+    x = torch.ones(1000)
+
+    def twice_then_once() -> Tensor:
+        first = x + 1
+        second = first * 2
+        del first
+        return second - 1
+
+    result, peak, held = memory.tensor_bytes(twice_then_once)
+    assert held == 4000 and 8000 <= peak < 8100  # numbers become tensors of 4 bytes on the way
+    assert result.shape == x.shape
+    grown = memory.resident_bytes(lambda: torch.ones(2**22))
+    assert grown is None or 15 * 2**20 < grown < 2**25  # of 16 MiB; the kernel counts in batches
+
+
+def test_memory_of_timm_holds_what_its_backward_needs() -> None:
+    work = workload.Workload(registry.LayerShape(4, 64, 32), mode="training")
+    with work.gradients():
+        row = memory._measure_layer(work, workload.TIMM, 1)
+    # [B, 2 D + 1, P, N] of scores, keys and values, the activation and the gated values.
+    assert 3 < row["kept_ratio"] < 5
+    assert row["tensor_ratio"] > row["kept_ratio"] + 1
+
+
+def test_fma_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert ceilings.fma_peaks([1]) == {}
+    monkeypatch.delenv("CXX")
+    peaks = ceilings.fma_peaks([1, 2])
+    assert list(peaks) == [1, 2] and all(peak > 1e9 for peak in peaks.values())
 
 
 def test_floors() -> None:
