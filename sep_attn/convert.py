@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from sep_attn.adapters import (
@@ -41,10 +41,10 @@ def convert(
 
     The new layer is another function (:mod:`sep_attn.initialization` says where it starts), so the
     model has to be fine-tuned. It takes the calls the old one took: key padding masks in whatever
-    form the library has them, no other masks. It has the old layer's device, dtype, train or eval mode,
-    dropout, ``requires_grad`` and hooks, and always biases. Norms of queries and keys go: there are
-    none. Make the optimizer afterwards, and convert before compiling, sharding, quantising or
-    wrapping.
+    form the library has them, no other masks. It has the old layer's device, dtype, train or eval
+    mode, dropout, ``requires_grad`` and hooks, and always biases. Norms of queries and keys go:
+    there are none. Make the optimizer afterwards, and convert before compiling, sharding,
+    quantising or wrapping.
 
     Args:
         model: any module that holds attention layers; parameters may be on ``meta``.
@@ -52,9 +52,9 @@ def convert(
             that cannot be converted; only those for which it returns True are converted. A module
             under several names comes with its first.
         init: ``"from_mha"`` starts from the old weights by the way that trains best of those tried;
-            one of them by name: ``"constant_context"``, ``"near_constant"``, ``"mean_query"``,
-            ``"pooled_values"``, ``"own_and_mean"``; or ``"fresh"``, as ``nn.Linear`` does, for
-            training from scratch.
+            one of them by name: ``"old_keys"``, ``"old_keys_small"``, ``"fresh_context"``,
+            ``"constant_context"``, ``"pooled_values"``, ``"own_and_mean"``; or ``"fresh"``, which
+            takes nothing over and begins as ``nn.Linear`` does. Some draw random numbers.
         value_act: ``"relu"`` (paper) or ``"identity"``.
         backend: as in :func:`sep_attn.functional.separable_attention`.
 
@@ -64,8 +64,8 @@ def convert(
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
         ValueError: a layer cannot be converted (each is named with the reason), there is nothing to
-            convert, ``model`` is itself the attention layer, or an unknown choice. The model is then as
-            it was.
+            convert, ``model`` is itself the attention layer, or an unknown choice. The model is
+            then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -82,12 +82,8 @@ def convert(
     chosen = [layer for layer in found if filter is None or filter(layer.name, layer.module)]
     _refuse_nothing(model, found, chosen)
     obstacles = [(layer, _obstacle(layer, model)) for layer in chosen]
-    if refused := [f"  {layer}: {reason}" for layer, reason in obstacles if reason]:
-        raise ValueError(
-            "nothing was converted, because of\n"
-            + "\n".join(refused)
-            + "\nA filter that returns False for a layer leaves it as it is."
-        )
+    if any(reason for _, reason in obstacles):
+        raise ValueError(_refusal(obstacles))
 
     # Everything that can fail is done before the first layer changes.
     replacements = {
@@ -125,7 +121,7 @@ class _Layer:
         return f"{self.name or 'the model'} ({_qualified_name(type(self.module))})"
 
 
-# The families --------------------------------------------------------------------------------------
+# The families ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -135,16 +131,24 @@ class _Family:
     Attributes:
         linears: names of the projections below the layer, the output's last.
         others: names of the other modules below it that may be there.
+        parameters: names of the layer's own parameters.
         read: the projections of a layer.
-        build: an uninitialised replacement, given the layer, ``value_act`` and ``backend``, on meta.
+        build: an uninitialised replacement, given the layer and the constructor's options.
         obstacle: what of the layer's own options cannot be kept, or None.
     """
 
     linears: tuple[str, ...]
     others: tuple[str, ...]
+    parameters: tuple[str, ...]
     read: Callable[[Any], MultiHeadWeights]
     build: Callable[..., SeparableAttention]
     obstacle: Callable[[Any], str | None] = lambda module: None
+
+
+def _packed(weight: Any, bias: Any) -> list[tuple[Any, Any]]:
+    """Weight and bias of query, key and value out of one projection."""
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    return list(zip(weight.chunk(3), biases, strict=True))
 
 
 def _is_identity(module: nn.Module | None) -> bool:
@@ -152,16 +156,11 @@ def _is_identity(module: nn.Module | None) -> bool:
 
 
 def _timm_weights(module: Any) -> MultiHeadWeights:
-    weights = module.qkv.weight.chunk(3)
-    biases = (None,) * 3 if module.qkv.bias is None else module.qkv.bias.chunk(3)
-    return MultiHeadWeights(
-        *(each for pair in zip(weights, biases, strict=True) for each in pair),
-        module.proj.weight,
-        module.proj.bias,
+    norms = (getattr(module, "q_norm", None), getattr(module, "k_norm", None))
+    return MultiHeadWeights.of(
+        [*_packed(module.qkv.weight, module.qkv.bias), (module.proj.weight, module.proj.bias)],
         module.num_heads,
-        normalized=not all(
-            _is_identity(getattr(module, norm, None)) for norm in ("q_norm", "k_norm")
-        ),
+        normalized=not all(map(_is_identity, norms)),
     )
 
 
@@ -181,9 +180,8 @@ def _timm_obstacle(module: Any) -> str | None:
 
 def _hugging_face_weights(module: Any) -> MultiHeadWeights:
     projections = (module.q_proj, module.k_proj, module.v_proj, module.o_proj)
-    return MultiHeadWeights(
-        *(each for linear in projections for each in (linear.weight, linear.bias)),
-        module.num_attention_heads,
+    return MultiHeadWeights.of(
+        [(linear.weight, linear.bias) for linear in projections], module.num_attention_heads
     )
 
 
@@ -202,9 +200,8 @@ def _hugging_face_obstacle(module: Any) -> str | None:
 def _mobilevit_weights(module: Any) -> MultiHeadWeights:
     inner = module.attention
     projections = (inner.query, inner.key, inner.value, module.output.dense)
-    return MultiHeadWeights(
-        *(each for linear in projections for each in (linear.weight, linear.bias)),
-        inner.num_attention_heads,
+    return MultiHeadWeights.of(
+        [(linear.weight, linear.bias) for linear in projections], inner.num_attention_heads
     )
 
 
@@ -218,12 +215,11 @@ def _mobilevit_build(module: Any, **options: Any) -> SeparableAttention:
 
 
 def _torch_weights(module: Any) -> MultiHeadWeights:
-    weights = module.in_proj_weight.chunk(3)
-    biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
-    return MultiHeadWeights(
-        *(each for pair in zip(weights, biases, strict=True) for each in pair),
-        module.out_proj.weight,
-        module.out_proj.bias,
+    return MultiHeadWeights.of(
+        [
+            *_packed(module.in_proj_weight, module.in_proj_bias),
+            (module.out_proj.weight, module.out_proj.bias),
+        ],
         module.num_heads,
     )
 
@@ -249,6 +245,7 @@ def _torch_obstacle(module: Any) -> str | None:
 _HUGGING_FACE_VIT = _Family(
     linears=("q_proj", "k_proj", "v_proj", "o_proj"),
     others=(),
+    parameters=(),
     read=_hugging_face_weights,
     build=_hugging_face_build,
     obstacle=_hugging_face_obstacle,
@@ -257,6 +254,7 @@ _FAMILIES: dict[str, _Family] = {
     "timm.layers.attention.Attention": _Family(
         linears=("qkv", "proj"),
         others=("q_norm", "k_norm", "norm", "attn_drop", "proj_drop"),
+        parameters=(),
         read=_timm_weights,
         build=_timm_build,
         obstacle=_timm_obstacle,
@@ -266,12 +264,14 @@ _FAMILIES: dict[str, _Family] = {
     "transformers.models.mobilevit.modeling_mobilevit.MobileViTAttention": _Family(
         linears=("attention.query", "attention.key", "attention.value", "output.dense"),
         others=("attention", "attention.dropout", "output", "output.dropout"),
+        parameters=(),
         read=_mobilevit_weights,
         build=_mobilevit_build,
     ),
     "torch.nn.modules.activation.MultiheadAttention": _Family(
         linears=("out_proj",),
         others=(),
+        parameters=("in_proj_weight", "in_proj_bias"),
         read=_torch_weights,
         build=_torch_build,
         obstacle=_torch_obstacle,
@@ -280,7 +280,7 @@ _FAMILIES: dict[str, _Family] = {
 # Older timm defines the class beside its ViT.
 _FAMILIES["timm.models.vision_transformer.Attention"] = _FAMILIES["timm.layers.attention.Attention"]
 
-# Finding them --------------------------------------------------------------------------------------
+# Finding them ------------------------------------------------------------------------------------
 
 _LOOKS_LIKE_ATTENTION = re.compile(r"(Attention|Attn)(V?\d\w*|Cl|Rope)?$")
 _OTHER_ATTENTION = {
@@ -344,6 +344,26 @@ def _attention_layers(model: nn.Module) -> list[_Layer]:
     return list(_walk(model, "", None, set()))
 
 
+def _refusal(obstacles: list[tuple[_Layer, str | None]]) -> str:
+    """Layers of one class with one reason share a line, on which the first three are named."""
+    names: dict[str, list[str]] = {}
+    for layer, reason in obstacles:
+        if reason is not None:
+            why = f"({_qualified_name(type(layer.module))}): {reason}"
+            names.setdefault(why, []).append(layer.name or "the model")
+    lines = [
+        f"  {', '.join(found[:3])}{f' and {len(found) - 3} more' * (len(found) > 3)} {why}"
+        for why, found in names.items()
+    ]
+    return "\n".join(
+        (
+            "nothing was converted, because of",
+            *lines,
+            "A filter that returns False for a layer leaves it as it is.",
+        )
+    )
+
+
 def _refuse_nothing(model: nn.Module, found: list[_Layer], chosen: list[_Layer]) -> None:
     if chosen:
         return
@@ -363,7 +383,7 @@ def _refuse_nothing(model: nn.Module, found: list[_Layer], chosen: list[_Layer])
     )
 
 
-# What stands in the way ----------------------------------------------------------------------------
+# What stands in the way --------------------------------------------------------------------------
 
 
 def _obstacle(layer: _Layer, model: nn.Module) -> str | None:
@@ -373,14 +393,14 @@ def _obstacle(layer: _Layer, model: nn.Module) -> str | None:
         return _unknown(module)
     if layer.parent is None:
         return "a model cannot replace itself: put it into another module, such as nn.Sequential"
-    reason = _altered(module, family)
-    if reason is None:
-        reason = family.obstacle(module) or _causal(module, model)
-    if reason is None:
-        reason = _unusual_parameters(module) or _tied(layer, model)
-    if reason is None:
-        reason = _unusual_sizes(module, family)
-    return reason
+    return (
+        family.obstacle(module)
+        or _altered(module, family)
+        or _causal(module, model)
+        or _unusual_parameters(module, family)
+        or _tied(module, model)
+        or _unusual_sizes(module, family)
+    )
 
 
 def _unknown(module: nn.Module) -> str:
@@ -397,6 +417,7 @@ def _unknown(module: nn.Module) -> str:
 def _altered(module: Any, family: _Family) -> str | None:
     """What a user or another library changed of the layer that its class makes."""
     cls = _family_class(module)
+    assert cls is not None
     if type(module) is not cls and not is_parametrized(module):
         return f"its class derives from {_qualified_name(cls)}, and may compute something else"
     children = dict(module.named_modules())
@@ -468,7 +489,7 @@ def _causal(module: nn.Module, model: nn.Module) -> str | None:
     return None
 
 
-def _unusual_parameters(module: nn.Module) -> str | None:
+def _unusual_parameters(module: nn.Module, family: _Family) -> str | None:
     parameters = list(module.named_parameters())
     for name, parameter in parameters:
         if hasattr(parameter, "device_mesh"):
@@ -482,16 +503,19 @@ def _unusual_parameters(module: nn.Module) -> str | None:
             return f"{name} has dtype {parameter.dtype}: convert before quantising"
     if buffers := [name for name, _ in module.named_buffers()]:
         return f"it has a buffer {buffers[0]} that convert does not know"
+    for name, parameter in module._parameters.items():
+        if parameter is not None and name not in family.parameters:
+            return f"it has a parameter {name} that convert does not know"
     for what in ("device", "dtype"):
         if len({getattr(parameter, what) for _, parameter in parameters}) > 1:
             return f"its parameters differ in {what}"
     return None
 
 
-def _tied(layer: _Layer, model: nn.Module) -> str | None:
+def _tied(module: nn.Module, model: nn.Module) -> str | None:
     """A parameter that another module has too: the tie would be lost."""
-    own = {id(child) for child in layer.module.modules()}
-    mine = {id(parameter): name for name, parameter in layer.module.named_parameters()}
+    own = {id(child) for child in module.modules()}
+    mine = {id(parameter): name for name, parameter in module.named_parameters()}
     for name, other in model.named_modules():
         if id(other) in own:
             continue
@@ -514,7 +538,7 @@ def _unusual_sizes(module: Any, family: _Family) -> str | None:
     return None
 
 
-# Making the new ones -------------------------------------------------------------------------------
+# Making the new ones -----------------------------------------------------------------------------
 
 
 def _replacement(layer: _Layer, init: str, value_act: str, backend: str) -> SeparableAttention:
@@ -525,7 +549,9 @@ def _replacement(layer: _Layer, init: str, value_act: str, backend: str) -> Sepa
     new.to(old.value_weight.dtype).to_empty(device=old.value_weight.device)
     initialize(new, old, init)
     old_out = module.get_submodule(family.linears[-1])
-    inputs = {id(each) for each in module.parameters()} - {id(each) for each in old_out.parameters()}
+    inputs = {id(each) for each in module.parameters()} - {
+        id(each) for each in old_out.parameters()
+    }
     new.out_proj.requires_grad_(old_out.weight.requires_grad)
     new.qkv_proj.requires_grad_(
         any(each.requires_grad for each in module.parameters() if id(each) in inputs)
@@ -536,4 +562,3 @@ def _replacement(layer: _Layer, init: str, value_act: str, backend: str) -> Sepa
             setattr(new, name, getattr(module, name))
     new._is_full_backward_hook = module._is_full_backward_hook
     return new
-

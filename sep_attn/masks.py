@@ -54,8 +54,7 @@ def padding_from_attention_mask(mask: Any, batch: int, tokens: int, name: str) -
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"{name} must be bool or floating point, got {mask.dtype}")
     if mask.dim() not in (2, 3, 4) or any(
-        size not in (1, full)
-        for size, full in zip(mask.shape[-2:], (tokens, tokens), strict=True)
+        size not in (1, full) for size, full in zip(mask.shape[-2:], (tokens, tokens), strict=True)
     ):
         raise ValueError(
             f"{name} has shape {list(mask.shape)}, expected one that broadcasts to "

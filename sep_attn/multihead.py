@@ -45,7 +45,7 @@ class SeparableMultiheadAttention(SeparableAttention):
 
     Raises:
         ValueError: an argument out of range or one that separable attention has no place for.
-        AssertionError: ``num_heads`` does not divide ``embed_dim``, as in ``nn.MultiheadAttention``.
+        AssertionError: ``num_heads`` does not divide ``embed_dim``, as in that class.
     """
 
     in_proj_weight: None = None
@@ -185,7 +185,8 @@ class SeparableMultiheadAttention(SeparableAttention):
         out, weights = result if need_weights else (result, None)
         if weights is not None:
             heads = () if average_attn_weights else (self.num_heads,)
-            weights = weights[(slice(None), *(None,) * len(heads), None)]
+            for _ in (*heads, "queries"):
+                weights = weights.unsqueeze(1)
             weights = weights.expand(-1, *heads, x.shape[1], -1)
         if not batched:
             return out.squeeze(0), None if weights is None else weights.squeeze(0)
