@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.convert_init --out DIR`` trains a small ViT with multi-head attention on
 scikit-learn's handwritten digits (1,797 scans of 8 x 8 pixels, in the package), converts a copy
-with each start, fine-tunes it, and writes ``convert_init.csv`` and ``.json``: accuracy and
+with each start, fine-tunes it, and writes ``convert_init_<pool>.csv`` and ``.json``: accuracy and
 cross-entropy on the scans left out of training, by the epochs of fine-tuning, over several seeds.
 """
 
@@ -180,17 +180,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    cases = [(pool, seed) for pool in options.pool for seed in range(options.seeds)]
-    for pool, seed in tqdm(cases, desc="convert init", unit="model"):
-        rows += run(
-            seed,
-            pool,
-            options.value_act,
-            epochs=options.epochs,
-            tune_epochs=options.tune_epochs,
-        )
-        report.write_csv(options.out / "convert_init.csv", rows, header)
-        report.write_json(options.out / "convert_init.json", {"environment": header, "rows": rows})
+    for pool in options.pool:
+        path = options.out / f"convert_init_{pool}.csv"
+        mine: list[dict[str, Any]] = []
+        for seed in tqdm(range(options.seeds), desc=f"convert init, {pool}", unit="model"):
+            mine += run(
+                seed,
+                pool,
+                options.value_act,
+                epochs=options.epochs,
+                tune_epochs=options.tune_epochs,
+            )
+            report.write_csv(path, mine, header)
+            report.write_json(path.with_suffix(".json"), {"environment": header, "rows": mine})
+        rows += mine
     lines = summary(rows)
     print(f"\n{report.table(lines, {name: name for name in lines[0]})}")
     return 0
