@@ -330,12 +330,12 @@ def _walk(
         for child_name, child in module.named_children()
         for layer in _walk(child, f"{name}.{child_name}" if name else child_name, module, seen)
     ]
-    # A class that is only called so, round layers that were found, is no further layer.
     unknown = _qualified_name(type(module)) in _OTHER_ATTENTION or (
         _LOOKS_LIKE_ATTENTION.search(type(module).__name__) is not None
         and any(True for _ in module.parameters())
     )
-    if unknown and not inner:
+    # What is only called so, round layers that were found or converted, is no further layer.
+    if unknown and not inner and not any(map(_is_separable, module.modules())):
         yield _Layer(name, module, parent, None)
     yield from inner
 

@@ -487,6 +487,17 @@ def test_dtype_is_kept(kind: str, case: Model, dtype: torch.dtype) -> None:
     assert output(model, case.inputs().to(dtype)).dtype == dtype
 
 
+def test_timms_fused_switch_is_no_part_of_the_result() -> None:
+    fused, eager = built("timm_vit"), built("timm_vit")
+    for block in eager.blocks:
+        block.attn.fused_attn = not block.attn.fused_attn
+    for model in (fused, eager):
+        torch.manual_seed(3)
+        convert(model)
+    x = images()
+    assert torch.equal(fused(x), eager(x))
+
+
 # What is kept ------------------------------------------------------------------------------------
 
 
@@ -829,6 +840,26 @@ def test_filter_picks_by_name_and_module() -> None:
     assert isinstance(model.blocks[0].attn, timm.layers.Attention)
     assert isinstance(model.blocks[1].attn, SeparableAttention)
     assert convert(model) == 1  # and now the first
+
+
+def test_a_wrapper_called_attention_is_not_in_the_way() -> None:
+    class SelfAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
+            self.scale = nn.Parameter(torch.ones(DIM))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * self.inner(x, x, x)[0]
+
+    model = nn.Sequential(SelfAttention())
+    assert convert(model) == 1
+    assert isinstance(model[0].inner, SeparableMultiheadAttention)
+    assert model(torch.randn(2, 9, DIM)).shape == (2, 9, DIM)
+    model.append(SelfAttention())
+    assert convert(model) == 1  # the new one
+    with pytest.raises(ValueError, match="separable already"):
+        convert(model)
 
 
 def test_filter_that_picks_nothing() -> None:
