@@ -51,10 +51,12 @@ def convert(
         filter: called with the name and the module of every attention layer found, also of those
             that cannot be converted; only those for which it returns True are converted. A module
             under several names comes with its first.
-        init: ``"from_mha"`` starts from the old weights by the way that trains best of those tried;
-            one of them by name: ``"old_keys"``, ``"old_keys_small"``, ``"fresh_context"``,
-            ``"constant_context"``, ``"pooled_values"``, ``"own_and_mean"``; or ``"fresh"``, which
-            takes nothing over and begins as ``nn.Linear`` does. Some draw random numbers.
+        init: where the layers begin. ``"from_mha"``: with the old weights, by the start that
+            trained best of those tried, ``"old_keys"``; the others by name: ``"old_keys_small"``,
+            ``"fresh_context"``, ``"constant_context"``, ``"pooled_values"``, ``"own_and_mean"``; or
+            ``"fresh"``, which takes nothing over, begins as ``nn.Linear`` does, and was as good or
+            better in that small trial (README has it, ``python -m benchmarks.convert_init`` makes
+            it). Those with drawn scores depend on torch's seed.
         value_act: ``"relu"`` (paper) or ``"identity"``.
         backend: as in :func:`sep_attn.functional.separable_attention`.
 
