@@ -4,8 +4,17 @@ Mehta and Rastegari, "Separable Self-attention for Mobile Vision Transformers" (
 """
 
 from sep_attn import functional, reference
+from sep_attn.export import decompositions
 from sep_attn.module import SeparableAttention
 from sep_attn.patch import patch, unpatch
 from sep_attn.version import __version__
 
-__all__ = ["SeparableAttention", "__version__", "functional", "patch", "reference", "unpatch"]
+__all__ = [
+    "SeparableAttention",
+    "__version__",
+    "decompositions",
+    "functional",
+    "patch",
+    "reference",
+    "unpatch",
+]

@@ -133,9 +133,9 @@ def separable_attention(
         if chosen == "triton":
             out, weights = _pooled_form(*arguments)
         elif need_weights or _differentiated(arguments[:6]):
-            out, weights, _ = ops.separable_attention("native", *arguments)
+            out, weights, _ = ops.separable_attention(chosen, *arguments)
         else:
-            return ops.separable_attention_inference("native", *arguments)
+            return ops.separable_attention_inference(chosen, *arguments)
         return (out, weights.to(x.dtype)) if need_weights else out
 
 

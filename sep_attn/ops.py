@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sep_attn import triton_kernels
+from sep_attn import pooled, triton_kernels
 from sep_attn.layout import accumulate_dtype, num_channels, token_shape
 
 _library = torch.library.Library("sep_attn", "DEF")
@@ -340,7 +340,7 @@ _serve_with_triton("gate_triton", triton_kernels.gate)
 _serve_with_triton("gate_backward_triton", triton_kernels.gate_backward)
 
 
-_OPERATORS = {
+_OPERATORS: dict[tuple[str, str], Any] = {
     (name, backend): getattr(torch.ops.sep_attn, f"{name}_{backend}").default
     for backend, names in (
         ("native", (*_POOL_AND_GATE, *_LAYER)),
@@ -348,6 +348,19 @@ _OPERATORS = {
     )
     for name in names
 }
+# Not operators but functions of the same signatures: what takes their place in an exported program.
+_POOLED_FORMS: dict[str, Any] = {
+    "context_pool": pooled.context_pool,
+    "gate": pooled.gate,
+    "separable_attention": pooled.separable_attention,
+    "separable_attention_inference": pooled.separable_attention_inference,
+}
+DECOMPOSITIONS = {
+    operator: _POOLED_FORMS[name]
+    for (name, _), operator in _OPERATORS.items()
+    if name in _POOLED_FORMS
+}
+_OPERATORS |= {(name, "pooled"): function for name, function in _POOLED_FORMS.items()}
 
 
 def _operator(name: str, backend: str) -> Any:
