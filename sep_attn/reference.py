@@ -25,6 +25,8 @@ from sep_attn.validation import (
     check_separable_attention,
 )
 
+__all__ = ["context_pool", "gate", "separable_attention"]
+
 
 def dropout_scale(x: Tensor, dropout_p: float) -> Tensor:
     """Draws what attention dropout multiplies each token's weight by: 0 or ``1 / (1 - dropout_p)``.
