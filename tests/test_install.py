@@ -57,11 +57,10 @@ def test_kernels_that_were_not_built(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "broken",
     [
-        "raise ImportError('libtorch_cpu.so: undefined symbol: torch_call_dispatcher')",
         "raise RuntimeError('an operator of this name exists')",
         "nothing = 'of what it should hold'",
     ],
-    ids=["symbol", "registration", "empty"],
+    ids=["registration", "empty"],
 )
 def test_broken_kernels(tmp_path: Path, broken: str) -> None:
     (package_without_kernels(tmp_path) / "_C.py").write_text(broken)
@@ -78,8 +77,8 @@ def test_a_file_that_is_no_library(tmp_path: Path) -> None:
 def test_an_instruction_set_that_this_cpu_lacks() -> None:
     pytest.importorskip("sep_attn._C")
     said = use(ROOT, SEP_ATTN_CPU_CAPABILITY="avx1024")
-    assert "missing: CPU kernels: the C++ kernels did not load: SEP_ATTN_CPU_CAPABILITY is" in said
-    assert "reinstall" not in said
+    assert "missing: CPU kernels: the C++ kernels did not load: " in said
+    assert "SEP_ATTN_CPU_CAPABILITY is 'avx1024'" in said and "reinstall" not in said
 
 
 def test_no_triton() -> None:
