@@ -346,7 +346,7 @@ def test_executorch(layout: str) -> None:
     model, program = export(layout)
     program = constant_prop_pass(program)
     for name, value in program.constants.items():
-        program.constants[name] = value.clone()
+        program.constants[name] = value.detach().clone()
     edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
     lowered = edge.to_executorch()
     left = {str(node.target) for node in lowered.exported_program().graph.nodes}
