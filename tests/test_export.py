@@ -17,7 +17,6 @@ from torch.export import Dim
 from torch.utils.flop_counter import FlopCounterMode
 
 import sep_attn
-from benchmarks import models
 from sep_attn import SeparableAttention, backends, functional, native, ops, reference
 from sep_attn.layout import token_shape
 
@@ -300,6 +299,8 @@ def test_the_reference_stays_literal_in_an_onnx_export(monkeypatch: pytest.Monke
 
 
 def test_onnx_of_a_patched_model() -> None:
+    from benchmarks import models  # not where the installed package alone is tested
+
     model = models.timm_mobilevitv2("mobilevitv2_050", num_classes=10)
     x = torch.rand(2, 3, 256, 256)
     with torch.no_grad():
