@@ -68,7 +68,7 @@ wheel: $(VENV)/installed
 	$(BIN)/python -m build --no-isolation --outdir build/wheel
 	mkdir -p dist && cp build/wheel/*.tar.gz dist/
 	if [ "$$(uname)" = Linux ]; then \
-	  PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \
+	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \
 	    --wheel-dir dist build/wheel/*.whl; \
 	else cp build/wheel/*.whl dist/; fi
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import types
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +37,6 @@ def test_every_public_name_has_a_docstring(name: str, value: object) -> None:
 
 def test_the_reference_builds_without_warnings_and_is_complete(tmp_path: Path) -> None:
     pytest.importorskip("furo")
-    inventory = pytest.importorskip("sphinx.util.inventory").InventoryFile
     command = ["sphinx", "--quiet", "--fail-on-warning", "--keep-going", "docs", str(tmp_path)]
     result = subprocess.run(
         [sys.executable, "-m", *command],
@@ -47,7 +47,8 @@ def test_the_reference_builds_without_warnings_and_is_complete(tmp_path: Path) -
         timeout=250,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    objects = (tmp_path / "objects.inv").read_bytes()
-    listed = {entry for kind in inventory.loads(objects, uri="").data.values() for entry in kind}
+    # Four lines of text come first.
+    *_, objects = (tmp_path / "objects.inv").read_bytes().split(b"\n", 4)
+    listed = {line.split()[0] for line in zlib.decompress(objects).decode().splitlines()}
     missing = {name for name, _ in public_names()} - listed
     assert missing == set(), f"add them to docs/index.rst: {missing}"

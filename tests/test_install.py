@@ -54,16 +54,10 @@ def test_kernels_that_were_not_built(tmp_path: Path) -> None:
     assert "native     no: the C++ kernels are not built" in said
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
-        "raise RuntimeError('an operator of this name exists')",
-        "nothing = 'of what it should hold'",
-    ],
-    ids=["registration", "empty"],
-)
-def test_broken_kernels(tmp_path: Path, broken: str) -> None:
-    (package_without_kernels(tmp_path) / "_C.py").write_text(broken)
+def test_broken_kernels(tmp_path: Path) -> None:
+    """Whatever importing them raises."""
+    broken = package_without_kernels(tmp_path) / "_C.py"
+    broken.write_text("raise RuntimeError('an operator of this name exists')")
     said = use(tmp_path)
     assert "missing: CPU kernels: the C++ kernels did not load: " in said
     assert "need torch 2.10 or later (this is 2." in said and "reinstall sep_attn" in said
