@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from benchmarks import models
 from sep_attn import patch
@@ -52,8 +52,13 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_wrong_export_is_refused_and_not_timed(
     two_layers: export.Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nn.init.zeros_(two_layers.patched.layers[1].out_proj.weight)
+    proto = types.SimpleNamespace(
+        opset_import=[types.SimpleNamespace(version=20)], graph=types.SimpleNamespace(node=[])
+    )
+    monkeypatch.setattr(export, "to_onnx", lambda *_: proto)
+    zeros = [torch.zeros(1, *x.shape[1:]).numpy() for x in two_layers.example]
+    monkeypatch.setattr(export, "onnxruntime_call", lambda *_, **__: lambda: zeros)
     monkeypatch.setattr(export.measure, "interleaved", lambda *_, **__: pytest.fail("timed"))
     assert export.main(["--out", str(tmp_path), *SMALL]) == 1
     result = json.loads((tmp_path / "export.json").read_text())
-    assert "export of timm, patched" in result["refused"] and result["rows"] == []
+    assert "export of timm: result 0" in result["refused"] and result["rows"] == []

@@ -46,9 +46,11 @@ def use(folder: Path, code: str = USE, **environment: str) -> str:
     return result.stdout
 
 
-def test_kernels_that_were_not_built(tmp_path: Path) -> None:
+def test_neither_kernels_nor_triton(tmp_path: Path) -> None:
     package_without_kernels(tmp_path)
-    said = use(tmp_path)
+    said = use(tmp_path, f"import sys; sys.modules['triton'] = None\n{USE}")
+    assert "missing: GPU kernels: triton does not import" in said
+    assert 'pip install "sep_attn[triton]"' in said
     assert "missing: CPU kernels: the C++ kernels are not built" in said
     assert "apt install g++" in said and "reinstall without SEP_ATTN_SKIP_NATIVE" in said
     assert "native     no: the C++ kernels are not built" in said
@@ -73,12 +75,6 @@ def test_an_instruction_set_that_this_cpu_lacks() -> None:
     said = use(ROOT, SEP_ATTN_CPU_CAPABILITY="avx1024")
     assert "missing: CPU kernels: the C++ kernels did not load: " in said
     assert "SEP_ATTN_CPU_CAPABILITY is 'avx1024'" in said and "reinstall" not in said
-
-
-def test_no_triton() -> None:
-    said = use(ROOT, f"import sys; sys.modules['triton'] = None\n{USE}")
-    assert "missing: GPU kernels: triton does not import" in said
-    assert 'pip install "sep_attn[triton]"' in said
 
 
 # sdist and wheel ---------------------------------------------------------------------------------
