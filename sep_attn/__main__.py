@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from sep_attn import __version__, native
+from sep_attn import __version__, native, triton_kernels
 from sep_attn.backends import unavailable_reason
 
 
@@ -30,6 +30,21 @@ def _devices() -> list[torch.device]:
     return devices
 
 
+def _missing() -> list[str]:
+    """What this installation lacks, and how to get it."""
+    missing = []
+    if reason := native.unavailable_reason():
+        missing.append(
+            f"CPU kernels: {reason}. Until then CPU tensors are computed in plain PyTorch"
+        )
+    if reason := triton_kernels.unavailable_reason(torch.device("cuda")):
+        missing.append(
+            f'GPU kernels: {reason} (on Linux: pip install "sep_attn[triton]"). '
+            "Until then GPU tensors are computed in plain PyTorch"
+        )
+    return missing
+
+
 def main() -> None:
     print(f"sep_attn {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(f"torch {torch.__version__}, triton {_version('triton')}")
@@ -45,6 +60,8 @@ def main() -> None:
         for backend in ("native", "triton", "reference"):
             reason = unavailable_reason(backend, device, torch.float32)
             print(f"  {backend:<10} {'yes' if reason is None else 'no: ' + reason}")
+    for line in _missing():
+        print(f"missing: {line}")
 
 
 if __name__ == "__main__":

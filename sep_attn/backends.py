@@ -37,11 +37,15 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Returns the backend that serves a call: "native", "triton" or "reference".
 
     ``"auto"`` takes the C++ kernels for CPU tensors and Triton for any other device, and falls back
-    to the reference with one warning that names the cause.
+    to the reference with one warning that names the cause. During ``torch.onnx.export`` every
+    backend but the reference gives way to "pooled", the kernels' computation in PyTorch's own
+    operators, since an ONNX file can hold no others.
 
     Raises:
         RuntimeError: a backend named by hand cannot serve the call; the message says why.
     """
+    if backend != "reference" and torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return "pooled"
     if backend != "auto":
         reason = unavailable_reason(backend, device, dtype)
         if reason is not None:

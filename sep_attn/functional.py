@@ -134,9 +134,9 @@ def separable_attention(
         if chosen == "triton":
             out, weights = _pooled_form(*arguments)
         elif (differentiated := _differentiated(arguments[:6])) or need_weights:
-            out, weights, *_ = ops.separable_attention("native", *arguments, differentiated)
+            out, weights, *_ = ops.separable_attention(chosen, *arguments, differentiated)
         else:
-            return ops.separable_attention_inference("native", *arguments)
+            return ops.separable_attention_inference(chosen, *arguments)
         return (out, weights.to(x.dtype)) if need_weights else out
 
 
@@ -237,7 +237,8 @@ def context_pool(
     """The sum of the tokens, weighted by the softmax of their scores, in one pass.
 
     ``pooled = sum_n softmax(scores)_n x_n``, with statistics and sums in float32. Replaces
-    ``(scores.softmax(-1)[..., None] * x).sum(1)``.
+    ``(scores.softmax(-1)[..., None] * x).sum(1)``. It is the sum of Mehta and Rastegari's eq. 3
+    (2022), taken before the key projection, which is linear and moves past it.
 
     Args:
         x: ``[B, N, D]``, any strides.
@@ -263,7 +264,8 @@ def context_pool(
 def gate(v: Tensor, context: Tensor, *, act: str = "relu", backend: str = "auto") -> Tensor:
     """``act(v) * context``: every token's values gated by the context of its slice.
 
-    Replaces ``F.relu(v) * context[:, None]``.
+    Replaces ``F.relu(v) * context[:, None]``. It is the last step of Mehta and Rastegari's eq. 3
+    (2022) before the output projection.
 
     Args:
         v: ``[B, N, D]``, any strides.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import types
 
-import torch  # loads libtorch, whose symbols _C takes
+import torch
 
 from sep_attn.version import __version__
 
@@ -17,16 +17,25 @@ from sep_attn.version import __version__
 def _load() -> tuple[types.ModuleType | None, str | None]:
     if importlib.util.find_spec("sep_attn._C") is None:
         return None, (
-            "the C++ kernels are not built (no sep_attn._C beside the package); "
-            "reinstall without SEP_ATTN_SKIP_NATIVE, or run: python setup.py build_ext --inplace"
+            "the C++ kernels are not built (no sep_attn._C beside the package); install a C++ "
+            "compiler (Debian: apt install g++), then reinstall without SEP_ATTN_SKIP_NATIVE, or "
+            "in a clone run: python setup.py build_ext --inplace"
         )
     try:
         from sep_attn import _C
-    except ImportError as error:
-        return None, f"the C++ kernels did not load: {error}"
-    if _C.version() != __version__:
+
+        version = _C.version()
+    except Exception as error:  # a broken module may raise anything; the package works without it
+        reason = f"the C++ kernels did not load: {error}"
+        if "SEP_ATTN_CPU_CAPABILITY" not in reason:
+            reason += (
+                f"; they need torch 2.10 or later (this is {torch.__version__}): reinstall "
+                "sep_attn, or in a clone run: python setup.py build_ext --inplace"
+            )
+        return None, reason
+    if version != __version__:
         return None, (
-            f"the C++ kernels were built for sep_attn {_C.version()} and this is {__version__}; "
+            f"the C++ kernels were built for sep_attn {version} and this is {__version__}; "
             "rebuild them: python setup.py build_ext --inplace"
         )
     return _C, None

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sep_attn import triton_kernels
-from sep_attn.layout import accumulate_dtype, num_channels, token_shape
+from sep_attn import pooled, triton_kernels
+from sep_attn.layout import accumulate_dtype, keeps_values, num_channels, token_shape
 
 _library = torch.library.Library("sep_attn", "DEF")
 
@@ -181,20 +181,10 @@ def _separable_attention_fake(
     statistics = _per_slice(x, patch_h, patch_w, 2 * num_channels(x) + 1)
     weights = _per_token(x if x_prev is None else x_prev)
     values = weights.new_empty(0)
-    if for_backward and _keeps_values(x):
+    if for_backward and keeps_values(x):
         tokens = x.numel() // num_channels(x)
         values = weights.new_empty((tokens, num_channels(x)))
     return torch.empty_like(x), weights, statistics, values
-
-
-def _keeps_values(x: Tensor) -> bool:
-    """Whether the C++ forward pass keeps act's argument, ``N D`` values, for the backward pass.
-
-    Reading it back is faster than its product at every size measured, D = 64 to 768; in half
-    precision it would be rounded, and a ragged D does not fill the kernels' vectors: both compute
-    it again.
-    """
-    return accumulate_dtype(x.dtype) == x.dtype and num_channels(x) % 16 == 0
 
 
 def _separable_attention_inference_fake(x: Tensor, *arguments: Any) -> Tensor:
@@ -371,7 +361,7 @@ _serve_with_triton("gate_triton", triton_kernels.gate)
 _serve_with_triton("gate_backward_triton", triton_kernels.gate_backward)
 
 
-_OPERATORS = {
+_OPERATORS: dict[tuple[str, str], Any] = {
     (name, backend): getattr(torch.ops.sep_attn, f"{name}_{backend}").default
     for backend, names in (
         ("native", (*_POOL_AND_GATE, *_LAYER)),
@@ -379,6 +369,20 @@ _OPERATORS = {
     )
     for name in names
 }
+# Not operators but functions of the same signatures: what takes their place in an exported program.
+_POOLED_FORMS: dict[str, Any] = {
+    "context_pool": pooled.context_pool,
+    "gate": pooled.gate,
+    "separable_attention": pooled.separable_attention,
+    "separable_attention_inference": pooled.separable_attention_inference,
+    "separable_attention_packed": pooled.separable_attention_packed,
+}
+DECOMPOSITIONS = {
+    operator: _POOLED_FORMS[name]
+    for (name, _), operator in _OPERATORS.items()
+    if name in _POOLED_FORMS
+}
+_OPERATORS |= {(name, "pooled"): function for name, function in _POOLED_FORMS.items()}
 
 
 def _operator(name: str, backend: str) -> Any:

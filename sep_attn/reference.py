@@ -25,6 +25,8 @@ from sep_attn.validation import (
     check_separable_attention,
 )
 
+__all__ = ["context_pool", "gate", "separable_attention"]
+
 
 def dropout_scale(x: Tensor, dropout_p: float) -> Tensor:
     """Draws what attention dropout multiplies each token's weight by: 0 or ``1 / (1 - dropout_p)``.
@@ -41,16 +43,20 @@ def dropout_scale(x: Tensor, dropout_p: float) -> Tensor:
     return keep.to(accumulate_dtype(x.dtype)) / (1.0 - dropout_p)
 
 
-def softmax_over_slices(scores: Tensor, masked: Tensor | None) -> Tensor:
-    """Softmax over the last two axes; masked tokens get 0, also where a whole slice is masked."""
-    flat = scores.flatten(-2)
+def masked_softmax(scores: Tensor, masked: Tensor | None) -> Tensor:
+    """Softmax over the last axis; masked tokens get 0, also where a whole slice is masked."""
     if masked is None:
-        return flat.softmax(-1).view(scores.shape)
-    masked = masked.reshape(flat.shape)
+        return scores.softmax(-1)
     # Where nothing is left the fill is 0, so that neither the softmax nor its gradient is NaN.
     nothing_left = masked.all(-1, keepdim=True)
-    flat = flat.masked_fill(masked, float("-inf")).masked_fill(nothing_left, 0.0)
-    return flat.softmax(-1).masked_fill(masked, 0.0).view(scores.shape)
+    scores = scores.masked_fill(masked, float("-inf")).masked_fill(nothing_left, 0.0)
+    return scores.softmax(-1).masked_fill(masked, 0.0)
+
+
+def softmax_over_slices(scores: Tensor, masked: Tensor | None) -> Tensor:
+    """:func:`masked_softmax` over the last two axes."""
+    flat_mask = None if masked is None else masked.flatten(-2)
+    return masked_softmax(scores.flatten(-2), flat_mask).view(scores.shape)
 
 
 def activation(value: Tensor, act: str) -> Tensor:

@@ -660,7 +660,7 @@ class AttentionBackwardPass {
       for (int64_t d = 0; d < channels_; ++d) {
         const Vec<T> direction = load(directions + d * lanes);
         const Vec<T> score_weight_lanes = broadcast<T>(score_weight()[d]);
-        Vec<T> sum = load(sums + d * lanes);
+        Vec<T> sum = zero<T>();
         SEP_ATTN_UNROLL
         for (int v = 0; v < kVectors; ++v) {
           const Vec<T> value = load(copy + (d * kVectors + v) * lanes);
@@ -675,7 +675,7 @@ class AttentionBackwardPass {
             store_first(at, own, counts[v]);
           }
         }
-        store(sums + d * lanes, sum);
+        store(sums + d * lanes, load(sums + d * lanes) + sum);
       }
     }
     T* result = score_weight_sum(part);

@@ -56,7 +56,8 @@ SEP_ATTN_INLINE void dot_rows(const T* const* rows, int64_t count, const T* weig
   }
 }
 
-// target[d] = scale * target[d] + sum_i weights[i] rows[i][d] over kVectors vectors of channels
+// target[d] = scale * target[d] + sum_i weights[i] rows[i][d] over kVectors vectors of channels;
+// the sum starts from zero: added to the target one by one, small terms would be rounded away.
 template <int kVectors, typename T>
 SEP_ATTN_INLINE void add_weighted_rows(const T* const* rows, const T* weights, int64_t count,
                                        int64_t first, T scale, T* target) {
@@ -64,9 +65,7 @@ SEP_ATTN_INLINE void add_weighted_rows(const T* const* rows, const T* weights, i
   constexpr int kChains = 8 / kVectors;  // independent sums: the additions overlap
   Vec<T> sums[kChains][kVectors];
   SEP_ATTN_UNROLL
-  for (int v = 0; v < kVectors; ++v) sums[0][v] = load(target + first + v * n) * scale;
-  SEP_ATTN_UNROLL
-  for (int j = 1; j < kChains; ++j) {
+  for (int j = 0; j < kChains; ++j) {
     SEP_ATTN_UNROLL
     for (int v = 0; v < kVectors; ++v) sums[j][v] = zero<T>();
   }
@@ -88,7 +87,7 @@ SEP_ATTN_INLINE void add_weighted_rows(const T* const* rows, const T* weights, i
   for (int v = 0; v < kVectors; ++v) {
     SEP_ATTN_UNROLL
     for (int j = 1; j < kChains; ++j) sums[0][v] += sums[j][v];
-    store(target + first + v * n, sums[0][v]);
+    store(target + first + v * n, load(target + first + v * n) * scale + sums[0][v]);
   }
 }
 
@@ -119,11 +118,11 @@ void add_weighted_rows(const T* const* rows, const T* weights, int64_t count, in
     add_weighted_rows<1>(rows, weights, count, d, scale, target);
   }
   if (d < channels) {
-    Vec<T> sum = load_first(target + d, channels - d) * scale;
+    Vec<T> sum = zero<T>();
     for (int64_t i = 0; i < count; ++i) {
       sum += broadcast<T>(weights[i]) * load_first(rows[i] + d, channels - d);
     }
-    store_first(target + d, sum, channels - d);
+    store_first(target + d, load_first(target + d, channels - d) * scale + sum, channels - d);
   }
 }
 
@@ -317,14 +316,14 @@ template <bool kMasked, int kVectors, typename T>
 SEP_ATTN_INLINE void add_strip(const T* tokens, const Vec<T>* weights, const Vec<T>* kept,
                                Vec<T> scale, int64_t channels, T* sums) {
   for (int64_t d = 0; d < channels; ++d) {
-    Vec<T> sum = load(sums + d * kLanes<T>) * scale;
+    Vec<T> sum = zero<T>();
     SEP_ATTN_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       Vec<T> value = load(tokens + (d * kVectors + v) * kLanes<T>);
       if (kMasked) value = kept[v] != zero<T>() ? value : zero<T>();
       sum += weights[v] * value;
     }
-    store(sums + d * kLanes<T>, sum);
+    store(sums + d * kLanes<T>, load(sums + d * kLanes<T>) * scale + sum);
   }
 }
 
