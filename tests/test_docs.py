@@ -28,7 +28,9 @@ def public_names() -> Iterator[tuple[str, object]]:
                 yield f"sep_attn.{name}.{member}", getattr(value, member)
 
 
-@pytest.mark.parametrize("name, value", list(public_names()), ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    "name, value", [pytest.param(*pair, id=pair[0]) for pair in public_names()]
+)
 def test_every_public_name_has_a_docstring(name: str, value: object) -> None:
     if name == "sep_attn.__version__":
         return
