@@ -111,6 +111,7 @@ def layer(t: Inputs) -> Sequence[Tensor]:
         "relu",
         1,
         1,
+        True,
     )
 
 
@@ -133,6 +134,7 @@ def layer_backward(t: Inputs) -> Sequence[Tensor]:
         None,
         t["layer_weights"],
         t["statistics"],
+        t["values"],
         "relu",
         1,
         1,
@@ -183,7 +185,7 @@ def make_inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> Inputs:
     }
     inputs["pooled"], inputs["weight_sum"], inputs["weights"] = pool(inputs)
     if BACKEND == "native":
-        _, inputs["layer_weights"], inputs["statistics"] = layer(inputs)
+        _, inputs["layer_weights"], inputs["statistics"], inputs["values"] = layer(inputs)
     return inputs
 
 

@@ -39,7 +39,7 @@ def convert(
 ) -> int:
     """Replaces every multi-head attention layer in ``model`` by a separable one, in place.
 
-    The new layer is another function (:mod:`sep_attn.initialization` says where it starts), so the
+    The new layer is another function (``init`` says where it starts), so the
     model has to be fine-tuned. It takes the calls the old one took: key padding masks in whatever
     form the library has them, no other masks. It has the old layer's device, dtype, train or eval
     mode, dropout, ``requires_grad`` and hooks, and always biases. Norms of queries and keys go:

@@ -94,7 +94,7 @@ def reset_kernel_calls() -> None:
 
 
 def packed_weights_bytes(dtype: torch.dtype, dim: int) -> int:
-    """Bytes in which the packed weights of a layer are kept (:mod:`sep_attn.packed_weights`)."""
+    """Bytes in which the packed weights of a layer with ``dim`` channels are kept."""
     return _loaded().packed_weights_bytes(str(dtype).removeprefix("torch."), dim)
 
 

@@ -66,7 +66,7 @@ def test_decompositions_give_what_their_operators_give(case: Case, dtype: torch.
     scores = torch.randn(token_shape(source))
     context = torch.randn(x.shape[0] * patch_h * patch_w, case.dim)
     calls = {
-        "separable_attention": layer,
+        "separable_attention": (*layer, True),
         "separable_attention_inference": layer,
         "context_pool": (source, scores, mask, scale, patch_h, patch_w),
         "gate": (x, context, case.value_act, patch_h, patch_w),
