@@ -48,6 +48,43 @@ def _differentiate(
     torch.library.register_autograd(
         f"sep_attn::{name}", backward, setup_context=setup_context, lib=_library
     )
+    operator = getattr(torch.ops.sep_attn, name).default
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = operator(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            if torch.is_grad_enabled():  # for a second derivative, which the operator refuses
+                return backward(ctx, *grads)
+            with torch._C._AutoDispatchBelowAutograd():
+                return backward(ctx, *grads)
+
+    Function.__name__ = Function.__qualname__ = name
+    _FUNCTIONS[name] = Function
+
+
+# The same formulas for calls from Python: torch.library's way to a formula, and autograd's to one
+# with a setup_context, take about 100 microseconds a call. Compilers and function transforms, which
+# need them, go through the operator.
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+
+
+def _call(name: str, backend: str, args: tuple[Any, ...]) -> Any:
+    function = _FUNCTIONS.get(f"{name}_{backend}")
+    if (
+        function is None
+        or not torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return _operator(name, backend)(*args)
+    return function.apply(*args)
 
 
 def _refuse_double_backward(name: str) -> None:
@@ -390,15 +427,15 @@ def _operator(name: str, backend: str) -> Any:
 
 
 def context_pool(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _operator("context_pool", backend)(*args)
+    return _call("context_pool", backend, args)
 
 
 def gate(backend: str, *args: Any) -> Tensor:
-    return _operator("gate", backend)(*args)
+    return _call("gate", backend, args)
 
 
 def separable_attention(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _operator("separable_attention", backend)(*args)
+    return _call("separable_attention", backend, args)
 
 
 # The calls that come here are the shortest: not even OpOverload.__call__ stands between.
