@@ -1,0 +1,169 @@
+"""Tiles, warps and stages of the fused layer's kernels: one readable table, never tuned at run time.
+
+A kernel's configuration depends on the architecture, on the size of a value and on D, never on the
+number of tokens. ``TABLES[architecture][kernel]`` holds rows ``D up to: (tokens, columns, warps,
+stages)`` for values of 2 bytes and, under ``<kernel>.float32``, for values of 4. A ``None`` row holds for
+every larger D; an architecture without a table, or a kernel or width without a row there, takes the
+row of ``OTHER``. :func:`every_config` lists all that can be picked, for reports and offline tuning.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+
+# Channels up to which a program holds whole tokens (x, and the sums of the output); above it the
+# products are cut along their columns and the gated values pass through memory.
+MOST_FUSED_CHANNELS = 512
+
+
+class Config(NamedTuple):
+    """Rows and columns of a program's tile, and how the compiler is to spread and pipeline it."""
+
+    tokens: int
+    columns: int
+    warps: int
+    stages: int
+
+
+class Choice(NamedTuple):
+    """A configuration and what it is picked for: D from ``channels_from`` to ``channels_to``
+    (None: no end)."""
+
+    kernel: str
+    architecture: str
+    itemsize: int
+    channels_from: int
+    channels_to: int | None
+    config: Config
+
+
+Rows = Mapping[int | None, tuple[int, int, int, int]]
+
+# Small tiles that any GPU with 64 KiB of shared memory a program can hold.
+OTHER: Mapping[str, Rows] = {
+    "slice_fwd_kernel": {
+        64: (64, 32, 4, 1),
+        128: (64, 32, 4, 1),
+        256: (32, 16, 4, 1),
+        512: (16, 16, 4, 1),
+    },
+    "slice_fwd_kernel.float32": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 512: (16, 16, 4, 1)},
+    "score_pool_fwd_kernel": {
+        128: (64, 0, 4, 1),
+        256: (32, 0, 4, 1),
+        512: (16, 0, 4, 1),
+        None: (16, 0, 4, 1),
+    },
+    "value_gate_output_fwd_kernel": {
+        64: (64, 32, 4, 1),
+        128: (64, 32, 4, 1),
+        256: (32, 16, 4, 1),
+        512: (16, 16, 4, 1),
+    },
+    "value_gate_output_fwd_kernel.float32": {
+        64: (32, 32, 4, 1),
+        128: (32, 16, 4, 1),
+        512: (16, 16, 4, 1),
+    },
+    "token_product_kernel": {None: (64, 64, 4, 2)},
+    "value_gate_bwd_kernel": {None: (64, 64, 4, 1)},
+    "weight_grad_kernel": {None: (32, 64, 4, 1)},
+    "source_bwd_kernel": {
+        128: (64, 0, 4, 1),
+        256: (32, 0, 4, 1),
+        512: (16, 0, 4, 1),
+        None: (16, 0, 4, 1),
+    },
+}
+
+SM_90: Mapping[str, Rows] = {
+    "slice_fwd_kernel": {
+        64: (128, 64, 8, 3),
+        128: (128, 64, 8, 3),
+        192: (128, 64, 8, 2),
+        256: (128, 64, 8, 2),
+        512: (64, 32, 8, 2),
+    },
+    "value_gate_output_fwd_kernel": {
+        64: (128, 64, 8, 3),
+        128: (128, 64, 8, 3),
+        192: (128, 64, 8, 2),
+        256: (128, 64, 8, 2),
+        512: (64, 32, 8, 2),
+    },
+    "token_product_kernel": {64: (128, 64, 4, 3), 128: (128, 128, 8, 3), None: (128, 256, 8, 3)},
+    "value_gate_bwd_kernel": {64: (128, 64, 4, 2), None: (128, 64, 8, 3)},
+    "weight_grad_kernel": {None: (64, 128, 8, 3)},
+}
+
+TABLES: Mapping[str, Mapping[str, Rows]] = {"sm_90": SM_90}
+
+
+def architecture(device: torch.device) -> str:
+    """``"sm_90"``, ``"gfx942"``, ...: the key of ``TABLES``; ``"cpu"`` under the interpreter."""
+    if device.type != "cuda":
+        return device.type
+    return _architecture(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def rows_of(kernel: str, arch: str, itemsize: int) -> dict[int | None, Config]:
+    """The rows of a kernel, narrowest D first."""
+    table = TABLES.get(arch, {})
+    names = (kernel,) if itemsize == 2 else (f"{kernel}.float32", kernel)
+    for name in names:
+        for rows in (table.get(name), OTHER.get(name)):
+            if rows is not None:
+                return {channels: Config(*row) for channels, row in rows.items()}
+    raise KeyError(kernel)
+
+
+@functools.lru_cache(maxsize=1024)
+def config_of(kernel: str, arch: str, itemsize: int, channels: int) -> Config:
+    """The configuration of a kernel for values of ``itemsize`` bytes and D = ``channels``."""
+    for most, config in rows_of(kernel, arch, itemsize).items():
+        if most is None or channels <= most:
+            return config
+    raise ValueError(f"{kernel} holds no more than {most} channels, this layer has {channels}")
+
+
+def every_config(architectures: tuple[str, ...] | None = None) -> Iterator[Choice]:
+    """Everything :func:`config_of` can pick on these architectures (default: those with a table,
+    and ``"other"``)."""
+    for arch in architectures or (*TABLES, "other"):
+        for kernel in OTHER:
+            if kernel.endswith(".float32"):
+                continue
+            for itemsize in (2, 4):
+                first = 1
+                for most, config in rows_of(kernel, arch, itemsize).items():
+                    yield Choice(kernel, arch, itemsize, first, most, config)
+                    first = first if most is None else most + 1
+
+
+@functools.cache
+def chunk_widths(channels: int) -> tuple[int, ...]:
+    """Powers of two, falling, at least 16, that together hold D channels and pad them by an eighth
+    or less where three pieces can: a tile of tokens is held in such pieces, for a tile's sides must
+    be powers of two."""
+    widths: list[int] = []
+    left = channels
+    while left > 0:
+        width = max(16, 1 << (left.bit_length() - 1))
+        # The last piece, or one that is nearly twice as wide: round up.
+        if len(widths) == 2 or width < left and 2 * width - left <= channels // 8:
+            width = max(16, 1 << (left - 1).bit_length())
+        widths.append(width)
+        left -= width
+    return tuple(widths)
