@@ -17,16 +17,18 @@ float64 is served by :mod:`pooling`, :mod:`gating` and torch's products
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from sep_attn.layout import num_channels, token_shape
-from sep_attn.triton_kernels import fused, scoring
+from sep_attn.layout import num_channels, token_shape, token_view
+from sep_attn.triton_kernels import fused, products, scoring
 from sep_attn.triton_kernels.configs import (
     MOST_FUSED_CHANNELS,
+    Config,
     architecture,
     chunk_widths,
     config_of,
@@ -42,17 +44,23 @@ from sep_attn.triton_kernels.launch import (
     token_grid,
 )
 from sep_attn.triton_kernels.pooling import WEIGHTS_BLOCK
-from sep_attn.triton_kernels.tiles import tiling
+from sep_attn.triton_kernels.tiles import MOST_CHANNELS, tiling
 
 # A band of up to SHORT_TOKENS tokens is a program's work, where there are SHORT_PROGRAMS of them or
 # where it is one tile anyway.
 SHORT_TOKENS = 1024
 SHORT_PROGRAMS = 64
+# Values of a tile of the softmax in the kernel for short slices, and tiles under way at a time.
+POOL_VALUES = 8192
+POOL_STAGES = 3
 # Long bands are split over about this many programs.
 SPLIT_PROGRAMS = 512
 COMBINE_ROWS = 128
 COMBINE_CHANNELS = 128
 COMBINE_COLUMNS = 32
+# The tokens are split until about this many programs work on a weight's gradient.
+WEIGHT_PROGRAMS = 264
+SUM_BLOCK = 1024
 
 
 def path_of(bands: int, tokens: int, source_tokens: int, channels: int, tile_tokens: int) -> str:
@@ -72,219 +80,272 @@ def path_of(bands: int, tokens: int, source_tokens: int, channels: int, tile_tok
     return "long"
 
 
-class Launch(NamedTuple):
-    """A kernel's programs and everything it is told but its tensors."""
+class Call(NamedTuple):
+    """What a plan depends on besides strides."""
 
+    arch: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    source_shape: tuple[int, ...]
+    patch_h: int
+    patch_w: int
+    act: str
+    precision: str
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    def config(self, kernel: str, channels: int) -> Config:
+        return config_of(kernel, self.arch, self.itemsize, channels)
+
+
+class Launch(NamedTuple):
+    """A kernel, its programs and everything it is told but its tensors."""
+
+    kernel: Any
     programs: int
     arguments: dict[str, Any]
 
+    def __call__(self, **tensors: Any) -> None:
+        self.kernel[(self.programs,)](**tensors, **self.arguments)
+
+
+def call_of(x: Tensor, source: Tensor, act: str, patch_h: int, patch_w: int) -> Call:
+    allowed = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return Call(
+        architecture(x.device),
+        x.dtype,
+        x.shape,
+        source.shape,
+        patch_h,
+        patch_w,
+        act,
+        "tf32" if allowed else "ieee",
+    )
+
+
+class Operands:
+    """The grids of x and of the source, and how every operand lies in memory."""
+
+    def __init__(
+        self,
+        call: Call,
+        of_x: Mapping[str, tuple[int, ...] | None],
+        of_source: Mapping[str, tuple[int, ...] | None],
+    ) -> None:
+        """Args: strides by the operand's name, of operands in the shape of x (or one value a token
+        of x), and of those in the shape of the source."""
+        self.grid = token_grid(call.shape, call.patch_h, call.patch_w)
+        self.source = token_grid(call.source_shape, call.patch_h, call.patch_w)
+        self.slices = self.grid.bands * self.grid.groups
+        self.channels = self.grid.channels
+        self.strides: dict[str, tuple[int, ...]] = {}
+        self.layouts: dict[str, str] = {}
+        self.uniform = True
+        sides = ((call.shape, self.grid, of_x), (call.source_shape, self.source, of_source))
+        for shape, grid, given in sides:
+            strides = {
+                name: grid_strides(shape, value, grid)
+                for name, value in given.items()
+                if value is not None
+            }
+            self.uniform = self.uniform and is_uniform(grid, strides.values())
+            self.strides |= strides
+        for _, grid, given in sides:
+            for name in given:
+                strides = self.strides.get(name, ())
+                if len(strides) == 6:
+                    self.layouts[name] = memory_layout(call.itemsize, grid, strides, self.uniform)
+
+    def of_call(self, grid: TokenGrid) -> dict[str, Any]:
+        """What every kernel is told."""
+        return {
+            "tokens": grid.tokens,
+            "width": grid.width,
+            "patch_h": grid.patch_h,
+            "patch_w": grid.patch_w,
+            "D": grid.channels,
+            "UNIFORM": self.uniform,
+            "GROUPS": grid.groups,
+        }
+
+    def of_tensors(self, tensors: bool = True, **operands: str) -> dict[str, Any]:
+        """Strides, and the layout where an operand has channels, by the names of a kernel."""
+        arguments: dict[str, Any] = {}
+        for name, operand in operands.items():
+            strides = shifted(self.strides, (operand,))
+            arguments[f"{name}_strides"] = strides[operand]
+            if operand in self.layouts:
+                arguments[f"{name.upper()}_LAYOUT"] = self.layouts[operand]
+        return arguments
+
+
+def _options(config: Config) -> dict[str, int]:
+    return {"num_warps": config.warps, "num_stages": config.stages}
+
+
+def _padded(channels: int) -> int:
+    return max(16, triton.next_power_of_2(channels))
+
+
+def _tiles_of(operands: Operands, grid: TokenGrid, block_tokens: int) -> dict[str, Any]:
+    cut = tiling(grid, block_tokens)
+    return {
+        "bands": grid.bands,
+        "tiles": cut.count,
+        "band_tiles": cut.per_band,
+        "BANDS": cut.bands,
+        "BLOCK_N": block_tokens,
+    }
+
+
+def _product(
+    call: Call, operands: Operands, a: str, out: str, epilogue: str, transposed: bool
+) -> Launch:
+    config = call.config("token_product_kernel", operands.channels)
+    tiles = _tiles_of(operands, operands.grid, config.tokens)
+    columns = min(config.columns, _padded(operands.channels))
+    arguments = {
+        **operands.of_call(operands.grid),
+        **operands.of_tensors(a=a, out=out),
+        **operands.of_tensors(weights="weights", grad_scores="grad_scores"),
+        **tiles,
+        **_options(config),
+        "slices": operands.slices,
+        "TRANSPOSED": transposed,
+        "EPILOGUE": epilogue,
+        "ACT": call.act,
+        "PRECISION": call.precision,
+        "BLOCK_E": columns,
+        "BLOCK_K": _depth(call, operands.channels),
+    }
+    programs = tiles["tiles"] * triton.cdiv(operands.channels, columns)
+    return Launch(products.token_product_kernel, programs, arguments)
+
+
+def _depth(call: Call, channels: int) -> int:
+    """Channels that a product takes at a time: 128 bytes of a row."""
+    return min(128 // call.itemsize, _padded(channels))
+
 
 class ForwardPlan(NamedTuple):
-    """The launches of a path, and the size of its scratch memory: float32 values of the partial
-    sums of the pool, and whether gated values pass through memory."""
+    """The launches of a path; the float32 values of the pool's partial sums."""
 
     path: str
     launches: tuple[Launch, ...]
     partials: int
-    gated: bool
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """How float32 products may be rounded: ``"tf32"`` only where torch has been told so."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
-
-
-class Geometry(NamedTuple):
-    """A tensor's grid and strides beside those of the tensor it works with."""
-
-    grid: TokenGrid
-    source: TokenGrid
-    strides: dict[str, tuple[int, ...]]
-    uniform: bool
-    layouts: dict[str, str]
-
-
-def geometry(
-    itemsize: int,
-    shape: tuple[int, ...],
-    source_shape: tuple[int, ...],
-    patch_h: int,
-    patch_w: int,
-    token_strides: dict[str, tuple[int, ...] | None],
-    source_strides: dict[str, tuple[int, ...] | None],
-) -> Geometry:
-    """Strides and memory layouts of operands in the shape of x and in that of the source."""
-    grid = token_grid(shape, patch_h, patch_w)
-    source = token_grid(source_shape, patch_h, patch_w)
-    strides: dict[str, tuple[int, ...]] = {}
-    uniform = True
-    layouts: dict[str, str] = {}
-    for own_shape, own_grid, given in (
-        (shape, grid, token_strides),
-        (source_shape, source, source_strides),
-    ):
-        own = {
-            name: grid_strides(own_shape, value, own_grid)
-            for name, value in given.items()
-            if value is not None
-        }
-        uniform = uniform and is_uniform(own_grid, own.values())
-        strides |= own
-    for name, value in strides.items():
-        own_grid = grid if name in token_strides else source
-        if len(value) == 6:
-            layouts[name.replace("_strides", "_layout").upper()] = memory_layout(
-                itemsize, own_grid, value, uniform
-            )
-    return Geometry(grid, source, strides, uniform, layouts)
 
 
 @functools.lru_cache(maxsize=PLANS)
 def _plan_forward(
-    arch: str,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    source_shape: tuple[int, ...],
-    patch_h: int,
-    patch_w: int,
-    act: str,
-    precision: str,
+    call: Call,
     x_strides: tuple[int, ...],
     source_strides: tuple[int, ...],
     mask_strides: tuple[int, ...] | None,
     weights_strides: tuple[int, ...] | None,
     out_strides: tuple[int, ...],
 ) -> ForwardPlan:
-    operands = geometry(
-        dtype.itemsize,
-        shape,
-        source_shape,
-        patch_h,
-        patch_w,
-        {"x_strides": x_strides, "out_strides": out_strides},
-        {
-            "source_strides": source_strides,
-            "mask_strides": mask_strides,
-            "weights_strides": weights_strides,
-        },
+    operands = Operands(
+        call,
+        {"x": x_strides, "out": out_strides},
+        {"source": source_strides, "mask": mask_strides, "weights": weights_strides},
     )
-    grid, source, uniform, layouts = (
-        operands.grid,
-        operands.source,
-        operands.uniform,
-        operands.layouts,
-    )
-    channels, slices = grid.channels, grid.bands * grid.groups
-    both = {
-        "patch_h": grid.patch_h,
-        "patch_w": grid.patch_w,
-        "D": channels,
-        "CHUNKS": chunk_widths(channels),
-        "UNIFORM": uniform,
-        "GROUPS": grid.groups,
-    }
+    grid, source, channels = operands.grid, operands.source, operands.channels
+    fused_layer = channels <= MOST_FUSED_CHANNELS
+    path = "wide"
+    if fused_layer:
+        config = call.config("slice_fwd_kernel", channels)
+        path = path_of(grid.bands, grid.tokens, source.tokens, channels, config.tokens)
+    if path == "short":
+        return ForwardPlan(path, (_slice_launch(call, operands, config),), 0)
 
-    def config(kernel: str) -> tuple[int, int, dict[str, int]]:
-        tokens, columns, warps, stages = config_of(kernel, arch, dtype.itemsize, channels)
-        return tokens, columns, {"num_warps": warps, "num_stages": stages}
-
-    if channels <= MOST_FUSED_CHANNELS:
-        tokens, columns, options = config("slice_fwd_kernel")
-        if path_of(grid.bands, grid.tokens, source.tokens, channels, tokens) == "short":
-            longest = max(grid, source, key=lambda one: one.tokens)
-            tiles = tiling(longest, tokens)
-            rows = tokens // tiles.bands
-            arguments = {
-                **both,
-                **shifted(
-                    operands.strides,
-                    (
-                        "x_strides",
-                        "source_strides",
-                        "mask_strides",
-                        "weights_strides",
-                        "out_strides",
-                    ),
-                ),
-                **layouts,
-                **options,
-                "bands": grid.bands,
-                "tokens": grid.tokens,
-                "width": grid.width,
-                "source_tokens": source.tokens,
-                "source_width": source.width,
-                "band_tiles": triton.cdiv(grid.tokens, rows),
-                "source_band_tiles": triton.cdiv(source.tokens, rows),
-                "slices": slices,
-                "BANDS": tiles.bands,
-                "ACT": act,
-                "PRECISION": precision,
-                "BLOCK_N": tokens,
-                "BLOCK_E": columns,
-            }
-            programs = triton.cdiv(grid.bands, tiles.bands)
-            return ForwardPlan("short", (Launch(programs, arguments),), 0, False)
-
-    tokens, _, options = config("score_pool_fwd_kernel")
-    tiles_of_band = triton.cdiv(source.tokens, tokens)
-    split_tiles = triton.cdiv(
-        tiles_of_band, max(1, min(tiles_of_band, SPLIT_PROGRAMS // grid.bands))
-    )
-    splits = triton.cdiv(tiles_of_band, split_tiles)
+    config = call.config("score_pool_fwd_kernel", channels)
+    source_tiles = triton.cdiv(source.tokens, config.tokens)
+    most_splits = max(1, min(source_tiles, SPLIT_PROGRAMS // source.bands))
+    split_tiles = triton.cdiv(source_tiles, most_splits)
+    splits = triton.cdiv(source_tiles, split_tiles)
     pool = {
-        **both,
-        **shifted(operands.strides, ("source_strides", "mask_strides")),
-        **options,
-        "scores_strides": shifted(operands.strides, ("weights_strides",))["weights_strides"],
-        "bands": source.bands,
-        "tokens": source.tokens,
-        "width": source.width,
+        **operands.of_call(source),
+        **operands.of_tensors(source="source", mask="mask", scores="weights"),
+        **_options(config),
         "splits": splits,
         "split_tiles": split_tiles,
-        "SOURCE_LAYOUT": layouts["SOURCE_LAYOUT"],
-        "BLOCK_N": tokens,
+        "CHUNKS": chunk_widths(channels),
+        "BLOCK_N": config.tokens,
+        "POOL_STAGES": config.stages,
     }
     parts = max(
         triton.cdiv(channels, COMBINE_COLUMNS), triton.cdiv(source.tokens, 4 * WEIGHTS_BLOCK)
     )
     combine = {
-        **shifted(operands.strides, ("mask_strides", "weights_strides")),
-        **{name: value for name, value in both.items() if name != "CHUNKS"},
-        "tokens": source.tokens,
-        "width": source.width,
+        **operands.of_call(source),
+        **operands.of_tensors(mask="mask", weights="weights"),
         "splits": splits,
         "parts": parts,
         "BLOCK_S": COMBINE_ROWS,
-        "BLOCK_D": COMBINE_CHANNELS,
+        "BLOCK_D": min(COMBINE_CHANNELS, _padded(channels)),
         "BLOCK_E": COMBINE_COLUMNS,
         "MOST_SPLITS": SPLIT_PROGRAMS,
         "WEIGHTS_BLOCK": WEIGHTS_BLOCK,
         "num_warps": 8,
     }
-    launches = (Launch(source.bands * splits, pool), Launch(source.bands * parts, combine))
-    partials = slices * splits * (channels + 3)
-    if channels <= MOST_FUSED_CHANNELS:
-        tokens, columns, options = config("value_gate_output_fwd_kernel")
-        tiles = tiling(grid, tokens)
+    launches = [
+        Launch(scoring.score_pool_fwd_kernel, source.bands * splits, pool),
+        Launch(scoring.context_combine_kernel, source.bands * parts, combine),
+    ]
+    if fused_layer:
+        config = call.config("value_gate_output_fwd_kernel", channels)
+        tiles = _tiles_of(operands, grid, config.tokens)
         arguments = {
-            **both,
-            **shifted(operands.strides, ("x_strides", "out_strides")),
-            **options,
-            **tiles.arguments(),
-            "bands": grid.bands,
-            "tokens": grid.tokens,
-            "width": grid.width,
-            "slices": slices,
-            "X_LAYOUT": layouts["X_LAYOUT"],
-            "OUT_LAYOUT": layouts["OUT_LAYOUT"],
-            "ACT": act,
-            "PRECISION": precision,
-            "BLOCK_N": tokens,
-            "BLOCK_E": columns,
+            **operands.of_call(grid),
+            **operands.of_tensors(x="x", out="out"),
+            **tiles,
+            **_options(config),
+            "slices": operands.slices,
+            "CHUNKS": chunk_widths(channels),
+            "ACT": call.act,
+            "PRECISION": call.precision,
+            "BLOCK_E": min(config.columns, _padded(channels)),
         }
-        return ForwardPlan("long", (*launches, Launch(tiles.count, arguments)), partials, False)
-    raise NotImplementedError
+        launches.append(Launch(fused.value_gate_output_fwd_kernel, tiles["tiles"], arguments))
+    else:
+        # The gated values lie in memory as out does.
+        launches.append(_product(call, operands, "x", "out", "gate", True))
+        launches.append(_product(call, operands, "out", "out", "bias", True))
+    partials = operands.slices * splits * (channels + 3)
+    return ForwardPlan(path, tuple(launches), partials)
+
+
+def _slice_launch(call: Call, operands: Operands, config: Config) -> Launch:
+    grid, source, channels = operands.grid, operands.source, operands.channels
+    cut = tiling(max(grid, source, key=lambda one: one.tokens), config.tokens)
+    rows = config.tokens // cut.bands
+    chunks = chunk_widths(channels)
+    fitting = 1 << (POOL_VALUES // sum(chunks)).bit_length() - 1
+    pool_rows = max(16, min(config.tokens, fitting))
+    columns = min(config.columns, _padded(channels))
+    arguments = {
+        **operands.of_call(grid),
+        **operands.of_tensors(x="x", source="source", mask="mask", weights="weights", out="out"),
+        **_options(config),
+        "bands": grid.bands,
+        "source_tokens": source.tokens,
+        "source_width": source.width,
+        "band_tiles": triton.cdiv(grid.tokens, rows),
+        "pool_tiles": triton.cdiv(source.tokens, min(rows, pool_rows)),
+        "slices": operands.slices,
+        "CHUNKS": chunks,
+        "BANDS": cut.bands,
+        "ACT": call.act,
+        "PRECISION": call.precision,
+        "BLOCK_N": config.tokens,
+        "BLOCK_E": columns,
+        "BLOCK_P": pool_rows,
+        "BLOCK_C": min(columns, fitting),
+        "POOL_STAGES": POOL_STAGES,
+    }
+    return Launch(fused.slice_fwd_kernel, triton.cdiv(grid.bands, cut.bands), arguments)
 
 
 def _forward(
@@ -304,6 +365,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     source = x if x_prev is None else x_prev
     slices, channels = x.shape[0] * patch_h * patch_w, num_channels(x)
+    _check_channels(channels)
     out = torch.empty_like(x)
     weights = None
     if keep_weights:
@@ -315,14 +377,7 @@ def _forward(
     qkv_bias = None if qkv_bias is None else qkv_bias.contiguous()
     out_bias = None if out_bias is None else out_bias.contiguous()
     plan = _plan_forward(
-        architecture(x.device),
-        x.dtype,
-        x.shape,
-        source.shape,
-        patch_h,
-        patch_w,
-        act,
-        precision_of(x.dtype),
+        call_of(x, source, act, patch_h, patch_w),
         x.stride(),
         source.stride(),
         None if key_padding_mask is None else key_padding_mask.stride(),
@@ -348,24 +403,343 @@ def _forward(
     }
     with on_device(x.device):
         if plan.path == "short":
-            (launch,) = plan.launches
-            fused.slice_fwd_kernel[(launch.programs,)](
-                weights_ptr=weights, **(scoring_tensors | value_tensors), **launch.arguments
-            )
+            (whole,) = plan.launches
+            whole(weights_ptr=weights, **(scoring_tensors | value_tensors))
             return out, weights, statistics
-        pool, combine, last = plan.launches
+        pool, combine, *rest = plan.launches
         partial = statistics.new_empty(plan.partials)
-        scoring.score_pool_fwd_kernel[(pool.programs,)](
-            scores_ptr=weights, partial_ptr=partial, **scoring_tensors, **pool.arguments
-        )
-        scoring.context_combine_kernel[(combine.programs,)](
+        pool(scores_ptr=weights, partial_ptr=partial, **scoring_tensors)
+        combine(
             partial_ptr=partial,
             qkv_weight_ptr=qkv_weight,
             qkv_bias_ptr=qkv_bias,
             mask_ptr=key_padding_mask,
             weights_ptr=weights,
             statistics_ptr=statistics,
-            **combine.arguments,
         )
-        fused.value_gate_output_fwd_kernel[(last.programs,)](**value_tensors, **last.arguments)
+        if plan.path == "long":
+            rest[0](**value_tensors)
+            return out, weights, statistics
+        gated = torch.empty_like(out)
+        _multiply(
+            rest[0],
+            x,
+            qkv_weight[1 + channels :],
+            None if qkv_bias is None else qkv_bias[1 + channels :],
+            gated,
+            slice_ptr=statistics[:, channels:],
+            row_size=2 * channels + 1,
+        )
+        _multiply(rest[1], gated, out_weight, out_bias, out)
     return out, weights, statistics
+
+
+def _multiply(
+    launch: Launch, a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, **pool: Any
+) -> None:
+    nothing = dict.fromkeys(
+        ("slice_ptr", "weights_ptr", "grad_scores_ptr", "score_weight_ptr", "seed_ptr")
+    )
+    tensors = nothing | {"row_size": 0, "dropout_p": 0.0} | pool
+    launch(a_ptr=a, weight_ptr=weight, bias_ptr=bias, out_ptr=out, **tensors)
+
+
+def _check_channels(channels: int) -> None:
+    if channels > MOST_CHANNELS:
+        raise ValueError(
+            f"the Triton kernels take up to {MOST_CHANNELS} channels, this layer has {channels}"
+        )
+
+
+def separable_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer's output and what its backward needs.
+
+    Args:
+        x, x_prev: ``[B, N, D]`` or ``[B, D, H, W]``, any strides; x_prev None or of another N.
+        qkv_weight, qkv_bias, out_weight, out_bias: as in ``nn.Linear``; biases may be None.
+        key_padding_mask: bool, one value a token of the source, True leaves it out; or None.
+        dropout_seed: int64 ``[1]`` on the device, or None for no dropout.
+        dropout_p: probability of a zero.
+        act: ``"relu"`` or ``"identity"``.
+        patch_h, patch_w: the patch of ``[B, D, H, W]``; 1, 1 for ``[B, N, D]``.
+
+    Returns:
+        ``out`` like x; the softmax weights in float32, one a token of the source;
+        ``statistics [S, 2 D + 1]`` in float32: pooled source, context and sum of the dropped
+        weights of each slice.
+
+    Raises:
+        ValueError: more tokens a slice, or more channels, than the kernels count.
+    """
+    out, weights, statistics = _forward(*arguments, True)
+    assert weights is not None
+    return out, weights, statistics
+
+
+def separable_attention_inference(*arguments: Any) -> Tensor:
+    """The output alone; see :func:`separable_attention`."""
+    return _forward(*arguments, False)[0]
+
+
+class BackwardPlan(NamedTuple):
+    values: Launch
+    weight_splits: int
+    out_weight: Launch
+    value_weight: Launch
+    source: Launch
+    input: Launch
+
+
+@functools.lru_cache(maxsize=PLANS)
+def _plan_backward(
+    call: Call,
+    separate: bool,
+    x_strides: tuple[int, ...],
+    source_strides: tuple[int, ...],
+    grad_out_strides: tuple[int, ...],
+    like_strides: tuple[int, ...],
+    grad_source_strides: tuple[int, ...] | None,
+    weights_strides: tuple[int, ...],
+    grad_weights_strides: tuple[int, ...] | None,
+) -> BackwardPlan:
+    operands = Operands(
+        call,
+        {"x": x_strides, "grad_out": grad_out_strides, "like": like_strides},
+        {
+            "source": source_strides,
+            "grad_source": grad_source_strides,
+            "weights": weights_strides,
+            "grad_scores": weights_strides,
+            "grad_weights": grad_weights_strides,
+        },
+    )
+    grid, source, channels = operands.grid, operands.source, operands.channels
+
+    config = call.config("value_gate_bwd_kernel", channels)
+    tiles = _tiles_of(operands, grid, config.tokens)
+    columns = min(config.columns, _padded(channels))
+    values = {
+        **operands.of_call(grid),
+        **operands.of_tensors(grad_out="grad_out", x="x", gated="like", grad_v="like"),
+        **tiles,
+        **_options(config),
+        "slices": operands.slices,
+        "ACT": call.act,
+        "PRECISION": call.precision,
+        "BLOCK_E": columns,
+        "BLOCK_K": _depth(call, channels),
+    }
+    values_launch = Launch(
+        products.value_gate_bwd_kernel, tiles["tiles"] * triton.cdiv(channels, columns), values
+    )
+
+    config = call.config("weight_grad_kernel", channels)
+    tiles = _tiles_of(operands, grid, config.tokens)
+    columns = min(config.columns, _padded(channels))
+    blocks = triton.cdiv(channels, columns) ** 2
+    most_splits = max(1, min(tiles["tiles"], WEIGHT_PROGRAMS // blocks))
+    split_tiles = triton.cdiv(tiles["tiles"], most_splits)
+    splits = triton.cdiv(tiles["tiles"], split_tiles)
+
+    def weight_grad(a: str, b: str) -> Launch:
+        arguments = {
+            **operands.of_call(grid),
+            **operands.of_tensors(a=a, b=b),
+            **tiles,
+            **_options(config),
+            "split_tiles": split_tiles,
+            "PRECISION": call.precision,
+            "BLOCK_I": columns,
+            "BLOCK_J": columns,
+        }
+        return Launch(products.weight_grad_kernel, blocks * splits, arguments)
+
+    config = call.config("source_bwd_kernel", channels)
+    tiles = _tiles_of(operands, source, config.tokens)
+    source_tiles = triton.cdiv(tiles["tiles"], SPLIT_PROGRAMS)
+    source_arguments = {
+        **operands.of_call(source),
+        **operands.of_tensors(
+            source="source",
+            weights="weights",
+            grad_weights="grad_weights",
+            grad_scores="grad_scores",
+            grad_source="grad_source" if separate else "none",
+        ),
+        **tiles,
+        **_options(config),
+        "GRAD_SOURCE_LAYOUT": operands.layouts.get("grad_source", ""),
+        "split_tiles": source_tiles,
+        "slices": operands.slices,
+        "CHUNKS": chunk_widths(channels),
+    }
+    source_launch = Launch(
+        scoring.source_bwd_kernel, triton.cdiv(tiles["tiles"], source_tiles), source_arguments
+    )
+    return BackwardPlan(
+        values_launch,
+        splits,
+        weight_grad("grad_out", "like"),
+        weight_grad("like", "x"),
+        source_launch,
+        _product(call, operands, "like", "like", "bias" if separate else "pool", False),
+    )
+
+
+def separable_attention_backward(
+    grad_out: Tensor,
+    grad_weights: Tensor | None,
+    x: Tensor,
+    x_prev: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    out_weight: Tensor,
+    dropout_seed: Tensor | None,
+    dropout_p: float,
+    weights: Tensor,
+    statistics: Tensor,
+    act: str,
+    patch_h: int,
+    patch_w: int,
+    need_input_grad: bool,
+    need_weight_grad: bool,
+) -> tuple[Tensor, ...]:
+    """The gradients of :func:`separable_attention`.
+
+    Args:
+        grad_out, grad_weights: gradients of the first two results, any strides, 0 among them; None
+            where the weights took none.
+        weights, statistics: what the forward returned; all others as given to it.
+        need_input_grad: whether gradients of x and x_prev are wanted.
+        need_weight_grad: whether those of weights and biases are.
+
+    Returns:
+        Gradients of x, x_prev, qkv_weight, qkv_bias, out_weight and out_bias in the dtype of x;
+        empty where not wanted.
+    """
+    source = x if x_prev is None else x_prev
+    slices, channels = x.shape[0] * patch_h * patch_w, num_channels(x)
+    grad_x = torch.empty_like(x) if need_input_grad else x.new_empty(0)
+    grad_source = None
+    if x_prev is not None and need_input_grad:
+        grad_source = torch.empty_like(x_prev)
+
+    def weight_like(*shape: int) -> Tensor:
+        wanted = shape if need_weight_grad else (0,)
+        return x.new_zeros(wanted) if slices == 0 else x.new_empty(wanted)
+
+    grad_qkv_weight = weight_like(1 + 2 * channels, channels)
+    grad_qkv_bias = weight_like(1 + 2 * channels)
+    grad_out_weight, grad_out_bias = weight_like(channels, channels), weight_like(channels)
+    results = (
+        grad_x,
+        x.new_empty(0) if grad_source is None else grad_source,
+        grad_qkv_weight,
+        grad_qkv_bias,
+        grad_out_weight,
+        grad_out_bias,
+    )
+    if slices == 0 or not (need_input_grad or need_weight_grad):
+        return results
+    qkv_weight, out_weight = qkv_weight.contiguous(), out_weight.contiguous()
+    qkv_bias = None if qkv_bias is None else qkv_bias.contiguous()
+    grad_v = torch.empty_like(x)
+    gated = torch.empty_like(x) if need_weight_grad else None
+    plan = _plan_backward(
+        call_of(x, source, act, patch_h, patch_w),
+        x_prev is not None,
+        x.stride(),
+        source.stride(),
+        grad_out.stride(),
+        grad_v.stride(),
+        None if grad_source is None else grad_source.stride(),
+        weights.stride(),
+        None if grad_weights is None else grad_weights.stride(),
+    )
+    arguments = plan.values.arguments
+    slots = arguments["BANDS"] * arguments["GROUPS"]
+    tiles, band_tiles = arguments["tiles"], arguments["band_tiles"]
+    partial = statistics.new_empty((tiles, slots + 2, channels))
+    with on_device(x.device):
+        plan.values(
+            grad_out_ptr=grad_out,
+            x_ptr=x,
+            qkv_weight_ptr=qkv_weight,
+            qkv_bias_ptr=qkv_bias,
+            out_weight_ptr=out_weight,
+            statistics_ptr=statistics,
+            gated_ptr=gated,
+            grad_v_ptr=grad_v,
+            partial_ptr=partial,
+        )
+        # Per slice, [S, D] and smaller: torch's sums and products, in float32.
+        grad_context = partial[:, :slots].unflatten(0, (-1, band_tiles)).sum(1)
+        grad_context = grad_context.flatten(0, 1)[:slices]  # [S, D]
+        pooled, weight_sum = statistics[:, :channels], statistics[:, -1]
+        grad_pooled = grad_context @ qkv_weight[1 : 1 + channels].to(torch.float32)  # [S, D]
+        delta = (pooled * grad_pooled).sum(1)
+        bias_grad = torch.zeros_like(weight_sum)
+        if qkv_bias is not None:
+            bias_grad = grad_context @ qkv_bias[1 : 1 + channels].to(torch.float32)  # [S]
+            delta = delta + weight_sum * bias_grad
+        if grad_weights is not None:
+            per_slice = token_view(weights * grad_weights, patch_h, patch_w)
+            delta = delta + per_slice.sum((-2, -1)).flatten()
+
+        grad_scores = torch.empty_like(weights)
+        score_partial = statistics.new_empty((plan.source.programs, channels + 1))
+        plan.source(
+            source_ptr=source,
+            score_weight_ptr=qkv_weight,
+            weights_ptr=weights,
+            seed_ptr=dropout_seed,
+            dropout_p=dropout_p,
+            grad_weights_ptr=grad_weights,
+            grad_pooled_ptr=grad_pooled,
+            slice_grads_ptr=torch.stack((bias_grad, delta), 1),
+            grad_scores_ptr=grad_scores,
+            grad_source_ptr=grad_source,
+            partial_ptr=score_partial,
+        )
+        if need_input_grad:
+            of_pool = {}
+            if x_prev is None:
+                of_pool = {
+                    "slice_ptr": grad_pooled,
+                    "row_size": channels,
+                    "weights_ptr": weights,
+                    "grad_scores_ptr": grad_scores,
+                    "score_weight_ptr": qkv_weight,
+                    "seed_ptr": dropout_seed,
+                    "dropout_p": dropout_p,
+                }
+            _multiply(plan.input, grad_v, qkv_weight[1 + channels :], None, grad_x, **of_pool)
+        if gated is not None:
+            weight_partial = statistics.new_empty((plan.weight_splits, channels, channels))
+            for launch, a, b, grad in (
+                (plan.out_weight, grad_out, gated, grad_out_weight),
+                (plan.value_weight, grad_v, x, grad_qkv_weight[1 + channels :]),
+            ):
+                launch(a_ptr=a, b_ptr=b, partial_ptr=weight_partial)
+                _sum_parts(weight_partial, grad)
+            biases = partial[:, slots:].sum(0)  # [2, D]
+            grad_out_bias.copy_(biases[1])
+            grad_qkv_bias[1 + channels :].copy_(biases[0])
+            scores = score_partial.sum(0)  # [D + 1]
+            grad_qkv_weight[0].copy_(scores[:channels])
+            grad_qkv_bias[0].copy_(scores[channels])
+            grad_qkv_weight[1 : 1 + channels].copy_(grad_context.T @ pooled)
+            grad_qkv_bias[1 : 1 + channels].copy_(weight_sum @ grad_context)
+    return results
+
+
+def _sum_parts(parts: Tensor, sums: Tensor) -> None:
+    """``sums.copy_(parts.sum(0))`` for contiguous ``sums``, in a fixed order."""
+    values = sums.numel()
+    products.sum_parts_kernel[(triton.cdiv(values, SUM_BLOCK),)](
+        partial_ptr=parts,
+        sums_ptr=sums,
+        splits=parts.shape[0],
+        values=values,
+        BLOCK=SUM_BLOCK,
+    )

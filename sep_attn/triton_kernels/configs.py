@@ -162,7 +162,7 @@ def chunk_widths(channels: int) -> tuple[int, ...]:
     while left > 0:
         width = max(16, 1 << (left.bit_length() - 1))
         # The last piece, or one that is nearly twice as wide: round up.
-        if len(widths) == 2 or width < left and 2 * width - left <= channels // 8:
+        if len(widths) == 2 or (width < left and 2 * width - left <= channels // 8):
             width = max(16, 1 << (left - 1).bit_length())
         widths.append(width)
         left -= width

@@ -17,6 +17,9 @@ from sep_attn.triton_kernels.launch import band_offset, token_offsets
 from sep_attn.triton_kernels.scoring import LOWEST, pool_tile, score_tile, start_pool
 from sep_attn.triton_kernels.tiles import (
     activate,
+    chunk_channels,
+    chunk_even,
+    chunk_width,
     draw_dropout,
     load_bias,
     load_slice_columns,
@@ -37,7 +40,7 @@ _VARYING = (
     "source_width",
     "tiles",
     "band_tiles",
-    "source_band_tiles",
+    "pool_tiles",
     "slices",
     "x_strides",
     "source_strides",
@@ -73,34 +76,28 @@ def value_gate_output(
         value_bias_ptr = qkv_bias_ptr + 1 + D
     out = ()
     for i in tl.static_range(len(CHUNKS)):
-        out = out + (tl.zeros((BLOCK_N, tl.constexpr(CHUNKS[i])), tl.float32),)
+        out = out + (tl.zeros((BLOCK_N, chunk_width(CHUNKS, i)), tl.float32),)
     for first_e in tl.range(0, D, BLOCK_E):
         e = first_e + tl.arange(0, BLOCK_E)  # [BLOCK_E]
         v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-        first = 0
         for i in tl.static_range(len(CHUNKS)):
-            d = first + tl.arange(0, tl.constexpr(CHUNKS[i]))
+            d = chunk_channels(CHUNKS, i)
             value_weight = load_weight(
-                value_weight_ptr, e, d, D, D % BLOCK_E == 0, first + CHUNKS[i] <= D
+                value_weight_ptr, e, d, D, D % BLOCK_E == 0, chunk_even(CHUNKS, i, D)
             )  # [BLOCK_E, width]
             v = tl.dot(chunks[i], value_weight.T, v, input_precision=PRECISION)
-            first = first + CHUNKS[i]
         v += load_bias(value_bias_ptr, e, D)[None, :]
         context = load_slice_columns(
             context_ptr, 2 * D + 1, first_slice, slices, slots, e, D, BANDS * GROUPS
         )
         gated = (activate(v, ACT) * context).to(chunks[0].dtype)  # [BLOCK_N, BLOCK_E]
         new_out = ()
-        first = 0
         for i in tl.static_range(len(CHUNKS)):
-            d = first + tl.arange(0, tl.constexpr(CHUNKS[i]))
+            d = chunk_channels(CHUNKS, i)
             out_weight = load_weight(
-                out_weight_ptr, d, e, D, first + CHUNKS[i] <= D, D % BLOCK_E == 0
+                out_weight_ptr, d, e, D, chunk_even(CHUNKS, i, D), D % BLOCK_E == 0
             )  # [width, BLOCK_E]
-            new_out = new_out + (
-                tl.dot(gated, out_weight.T, out[i], input_precision=PRECISION),
-            )
-            first = first + CHUNKS[i]
+            new_out = new_out + (tl.dot(gated, out_weight.T, out[i], input_precision=PRECISION),)
         out = new_out
     return out
 
@@ -158,19 +155,21 @@ def value_gate_output_tile(
         PRECISION,
     )
     rows = row_offsets(band, n, out_strides, width, patch_h, patch_w, UNIFORM, OUT_LAYOUT, WORD)
-    first = 0
     for i in tl.static_range(len(CHUNKS)):
-        d = first + tl.arange(0, tl.constexpr(CHUNKS[i]))
+        d = chunk_channels(CHUNKS, i)
         result = out[i] + load_bias(out_bias_ptr, d, D)[None, :]
-        if first + CHUNKS[i] <= D:
-            store_columns(
-                out_ptr, result, rows, inside, d, out_strides, D, True, OUT_LAYOUT, WORD
-            )
-        else:
-            store_columns(
-                out_ptr, result, rows, inside, d, out_strides, D, False, OUT_LAYOUT, WORD
-            )
-        first = first + CHUNKS[i]
+        store_columns(
+            out_ptr,
+            result,
+            rows,
+            inside,
+            d,
+            out_strides,
+            D,
+            chunk_even(CHUNKS, i, D),
+            OUT_LAYOUT,
+            WORD,
+        )
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -270,7 +269,7 @@ def slice_fwd_kernel(
     patch_h,
     patch_w,
     band_tiles,
-    source_band_tiles,
+    pool_tiles,
     slices,
     D: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -284,6 +283,9 @@ def slice_fwd_kernel(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    POOL_STAGES: tl.constexpr,
 ):
     WORD: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     SLICES: tl.constexpr = BANDS * GROUPS
@@ -298,136 +300,142 @@ def slice_fwd_kernel(
         source_width = source_width // WORD * WORD
     pid = tl.program_id(0)
     first_slice = pid * SLICES
-    i_slice = (first_slice + tl.arange(0, SLICES)).to(tl.int64)  # [SLICES]
-    slice_inside = i_slice < slices
-    statistics = i_slice * (2 * D + 1)
 
-    maximum, total, dropped_total, pooled = start_pool(CHUNKS, SLICES)
-    for i_tile in range(0, source_band_tiles):
-        band, n, inside = tile_rows(
-            pid * source_band_tiles + i_tile,
-            source_band_tiles,
-            bands,
-            source_tokens,
-            BANDS,
-            BLOCK_N,
-        )
-        rows = row_offsets(
-            band, n, source_strides, source_width, patch_h, patch_w, UNIFORM, SOURCE_LAYOUT, WORD
-        )
-        chunks = load_tokens(
-            source_ptr, rows, inside, source_strides, D, CHUNKS, SOURCE_LAYOUT, WORD
-        )
-        scores, kept, chunks = score_tile(
-            chunks,
-            qkv_weight_ptr,
-            qkv_bias_ptr,
-            mask_ptr,
-            mask_strides,
-            band,
-            n,
-            inside,
-            source_width,
-            patch_h,
-            patch_w,
-            D,
-            CHUNKS,
-            UNIFORM,
-        )
-        if weights_ptr is not None:
-            offsets = band_offset(band, weights_strides, patch_h, patch_w)
-            offsets += token_offsets(n, weights_strides, source_width, UNIFORM)
-            tl.store(weights_ptr + offsets, scores, mask=inside)
-        dropout = None
-        if seed_ptr is not None:
-            dropout = draw_dropout(seed_ptr, dropout_p, band, n)
-        maximum, total, dropped_total, pooled = pool_tile(
-            maximum,
-            total,
-            dropped_total,
-            pooled,
-            chunks,
-            scores,
-            kept,
-            dropout,
-            CHUNKS,
-            BANDS,
-            GROUPS,
-        )
-    if seed_ptr is None:
-        dropped_total = total
-    divisor = tl.where(maximum == float("-inf"), 1.0, total)  # [SLICES]
-    tl.store(statistics_ptr + statistics + 2 * D, dropped_total / divisor, mask=slice_inside)
-    first = 0
-    for i in tl.static_range(len(CHUNKS)):
-        d = first + tl.arange(0, tl.constexpr(CHUNKS[i]))
-        tl.store(
-            statistics_ptr + statistics[:, None] + d[None, :],
-            pooled[i] / divisor[:, None],
-            mask=slice_inside[:, None] & (d < D)[None, :],
-        )
-        first = first + CHUNKS[i]
-    tl.debug_barrier()  # what other threads of the program have stored is read from here on
-
-    if weights_ptr is not None:
-        row_shift = spread_slices(tl.maximum(maximum, LOWEST), BANDS, GROUPS, BLOCK_N)
-        row_divisor = spread_slices(divisor, BANDS, GROUPS, BLOCK_N)
-        for i_tile in range(0, source_band_tiles):
+    # The softmax runs over tiles of BLOCK_P rows, of one band or of several whole ones.
+    ROWS: tl.constexpr = BLOCK_N // BANDS
+    POOL_BANDS: tl.constexpr = BLOCK_P // ROWS if BLOCK_P > ROWS else 1
+    POOL_SLICES: tl.constexpr = POOL_BANDS * GROUPS
+    for part in range(0, BANDS // POOL_BANDS):
+        i_part = pid * (BANDS // POOL_BANDS) + part
+        i_slice = (i_part * POOL_SLICES + tl.arange(0, POOL_SLICES)).to(tl.int64)
+        slice_inside = i_slice < slices
+        maximum, total, dropped_total, pooled = start_pool(CHUNKS, POOL_SLICES)
+        for i_tile in tl.range(0, pool_tiles, num_stages=POOL_STAGES):
             band, n, inside = tile_rows(
-                pid * source_band_tiles + i_tile,
-                source_band_tiles,
-                bands,
-                source_tokens,
-                BANDS,
-                BLOCK_N,
+                i_part * pool_tiles + i_tile, pool_tiles, bands, source_tokens, POOL_BANDS, BLOCK_P
             )
-            kept = inside
-            if mask_ptr is not None:
-                offsets = band_offset(band, mask_strides, patch_h, patch_w)
-                offsets += token_offsets(n, mask_strides, source_width, UNIFORM)
-                kept = inside & (tl.load(mask_ptr + offsets, mask=inside, other=1) == 0)
-            offsets = band_offset(band, weights_strides, patch_h, patch_w)
-            offsets += token_offsets(n, weights_strides, source_width, UNIFORM)
-            scores = tl.load(weights_ptr + offsets, mask=inside, other=float("-inf"))
-            weights = tl.where(kept, tl.exp(scores - row_shift) / row_divisor, 0.0)
-            tl.store(weights_ptr + offsets, weights, mask=inside)
-
-    for first_e in range(0, D, BLOCK_E):
-        e = first_e + tl.arange(0, BLOCK_E)  # [BLOCK_E]
-        key_weights = ()
-        first = 0
+            rows = row_offsets(
+                band,
+                n,
+                source_strides,
+                source_width,
+                patch_h,
+                patch_w,
+                UNIFORM,
+                SOURCE_LAYOUT,
+                WORD,
+            )
+            chunks = load_tokens(
+                source_ptr, rows, inside, source_strides, D, CHUNKS, SOURCE_LAYOUT, WORD
+            )
+            scores, kept, chunks = score_tile(
+                chunks,
+                qkv_weight_ptr,
+                qkv_bias_ptr,
+                mask_ptr,
+                mask_strides,
+                band,
+                n,
+                inside,
+                source_width,
+                patch_h,
+                patch_w,
+                D,
+                CHUNKS,
+                UNIFORM,
+            )
+            if weights_ptr is not None:
+                offsets = band_offset(band, weights_strides, patch_h, patch_w)
+                offsets += token_offsets(n, weights_strides, source_width, UNIFORM)
+                tl.store(weights_ptr + offsets, scores, mask=inside)
+            dropout = None
+            if seed_ptr is not None:
+                dropout = draw_dropout(seed_ptr, dropout_p, band, n)
+            maximum, total, dropped_total, pooled = pool_tile(
+                maximum,
+                total,
+                dropped_total,
+                pooled,
+                chunks,
+                scores,
+                kept,
+                dropout,
+                CHUNKS,
+                POOL_BANDS,
+                GROUPS,
+            )
+        if seed_ptr is None:
+            dropped_total = total
+        divisor = tl.where(maximum == float("-inf"), 1.0, total)  # [POOL_SLICES]
+        statistics = i_slice * (2 * D + 1)
+        tl.store(statistics_ptr + statistics + 2 * D, dropped_total / divisor, mask=slice_inside)
         for i in tl.static_range(len(CHUNKS)):
-            d = first + tl.arange(0, tl.constexpr(CHUNKS[i]))
+            d = chunk_channels(CHUNKS, i)
+            tl.store(
+                statistics_ptr + statistics[:, None] + d[None, :],
+                pooled[i] / divisor[:, None],
+                mask=slice_inside[:, None] & (d < D)[None, :],
+            )
+        # What other threads of the program have stored is read from here on.
+        tl.debug_barrier()
+        if weights_ptr is not None:
+            shift = spread_slices(tl.maximum(maximum, LOWEST), POOL_BANDS, GROUPS, BLOCK_P)
+            row_divisor = spread_slices(divisor, POOL_BANDS, GROUPS, BLOCK_P)
+            for i_tile in range(0, pool_tiles):
+                band, n, inside = tile_rows(
+                    i_part * pool_tiles + i_tile,
+                    pool_tiles,
+                    bands,
+                    source_tokens,
+                    POOL_BANDS,
+                    BLOCK_P,
+                )
+                kept = inside
+                if mask_ptr is not None:
+                    offsets = band_offset(band, mask_strides, patch_h, patch_w)
+                    offsets += token_offsets(n, mask_strides, source_width, UNIFORM)
+                    kept = inside & (tl.load(mask_ptr + offsets, mask=inside, other=1) == 0)
+                offsets = band_offset(band, weights_strides, patch_h, patch_w)
+                offsets += token_offsets(n, weights_strides, source_width, UNIFORM)
+                scores = tl.load(weights_ptr + offsets, mask=inside, other=float("-inf"))
+                weights = tl.where(kept, tl.exp(scores - shift) / row_divisor, 0.0)
+                tl.store(weights_ptr + offsets, weights, mask=inside)
+
+    for first_e in tl.range(0, D, BLOCK_C, num_stages=POOL_STAGES):
+        e = first_e + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+        key_weights = ()
+        for i in tl.static_range(len(CHUNKS)):
+            d = chunk_channels(CHUNKS, i)
             key_weight = load_weight(
-                qkv_weight_ptr + D, e, d, D, D % BLOCK_E == 0, first + CHUNKS[i] <= D
-            )  # [BLOCK_E, width]
+                qkv_weight_ptr + D, e, d, D, D % BLOCK_C == 0, chunk_even(CHUNKS, i, D)
+            )  # [BLOCK_C, width]
             key_weights = key_weights + (key_weight,)
-            first = first + CHUNKS[i]
-        key_bias = tl.zeros((BLOCK_E,), tl.float32)
+        key_bias = tl.zeros((BLOCK_C,), tl.float32)
         if qkv_bias_ptr is not None:
             key_bias = load_bias(qkv_bias_ptr + 1, e, D)
         for slot in tl.static_range(SLICES):
             inside_slice = first_slice + slot < slices
             slot_ptr = statistics_ptr + (first_slice + slot).to(tl.int64) * (2 * D + 1)
             weight_sum = tl.load(slot_ptr + 2 * D, mask=inside_slice, other=0.0)
-            context = weight_sum * key_bias  # [BLOCK_E]
-            first = 0
+            context = weight_sum * key_bias  # [BLOCK_C]
             for i in tl.static_range(len(CHUNKS)):
-                d = first + tl.arange(0, tl.constexpr(CHUNKS[i]))
+                d = chunk_channels(CHUNKS, i)
                 row = tl.load(slot_ptr + d, mask=(d < D) & inside_slice, other=0.0)
                 context += tl.sum(key_weights[i].to(tl.float32) * row[None, :], axis=1)
-                first = first + CHUNKS[i]
             tl.store(slot_ptr + D + e, context, mask=(e < D) & inside_slice)
     tl.debug_barrier()
 
     for i_tile in range(0, band_tiles):
+        # Always 0, which the compiler does not know: the weights' addresses are worked out for
+        # each tile, for kept across tiles they do not fit into registers.
+        zero = i_tile // band_tiles * WORD
         value_gate_output_tile(
             pid * band_tiles + band_tiles - 1 - i_tile,  # the one read last is still near
             x_ptr,
             x_strides,
-            qkv_weight_ptr,
+            qkv_weight_ptr + zero,
             qkv_bias_ptr,
-            out_weight_ptr,
+            out_weight_ptr + zero,
             out_bias_ptr,
             statistics_ptr,
             out_ptr,

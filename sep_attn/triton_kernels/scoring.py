@@ -15,9 +15,11 @@ import triton.language as tl
 from sep_attn.triton_kernels.launch import band_offset, by_group, spread, token_offsets
 from sep_attn.triton_kernels.pooling import write_weights
 from sep_attn.triton_kernels.tiles import (
+    chunk_channels,
+    chunk_even,
+    chunk_width,
     draw_dropout,
     load_bias,
-    load_slice_columns,
     load_tokens,
     load_weight,
     row_offsets,
@@ -70,12 +72,10 @@ def score_tile(
 ):
     # The scores, -inf for tokens left out; which are kept; x with 0 for those left out.
     scores = tl.zeros(n.shape, tl.float32)
-    first = 0
     for i in tl.static_range(len(CHUNKS)):
-        d = first + tl.arange(0, tl.constexpr(CHUNKS[i]))
+        d = chunk_channels(CHUNKS, i)
         score_weight = load_bias(score_weight_ptr, d, D)
         scores += tl.sum(chunks[i].to(tl.float32) * score_weight[None, :], axis=1)
-        first = first + CHUNKS[i]
     if score_bias_ptr is not None:
         scores += tl.load(score_bias_ptr).to(tl.float32)
     kept = inside
@@ -94,7 +94,7 @@ def score_tile(
 def start_pool(CHUNKS: tl.constexpr, SLICES: tl.constexpr):
     pooled = ()
     for i in tl.static_range(len(CHUNKS)):
-        pooled = pooled + (tl.zeros((SLICES, tl.constexpr(CHUNKS[i])), tl.float32),)
+        pooled = pooled + (tl.zeros((SLICES, chunk_width(CHUNKS, i)), tl.float32),)
     maximum = tl.full((SLICES,), float("-inf"), tl.float32)
     return maximum, tl.zeros((SLICES,), tl.float32), tl.zeros((SLICES,), tl.float32), pooled
 
@@ -144,7 +144,6 @@ def score_pool_fwd_kernel(
     scores_ptr,  # the scores, where the weights will stand
     scores_strides,
     partial_ptr,  # [bands, splits, GROUPS, D + 3]: sum | maximum | total | dropped total
-    bands,
     tokens,
     width,
     patch_h,
@@ -157,6 +156,7 @@ def score_pool_fwd_kernel(
     UNIFORM: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    POOL_STAGES: tl.constexpr,
 ):
     WORD: tl.constexpr = 128 // source_ptr.dtype.element_ty.primitive_bitwidth
     # Says to the compiler that rows hold whole groups, and that wide runs hold whole words.
@@ -168,7 +168,7 @@ def score_pool_fwd_kernel(
     i_split = tl.program_id(0) % splits
     maximum, total, dropped_total, pooled = start_pool(CHUNKS, GROUPS)
     last = tl.minimum((i_split + 1) * split_tiles, tl.cdiv(tokens, BLOCK_N))
-    for i_tile in range(i_split * split_tiles, last):
+    for i_tile in tl.range(i_split * split_tiles, last, num_stages=POOL_STAGES):
         n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         inside = n < tokens
         rows = row_offsets(
@@ -207,12 +207,10 @@ def score_pool_fwd_kernel(
         dropped_total = total
     part = (i_band.to(tl.int64) * splits + i_split) * GROUPS + tl.arange(0, GROUPS)  # [GROUPS]
     part_offsets = part * (D + 3)
-    first = 0
     for i in tl.static_range(len(CHUNKS)):
-        d = first + tl.arange(0, tl.constexpr(CHUNKS[i]))
+        d = chunk_channels(CHUNKS, i)
         offsets = part_offsets[:, None] + d[None, :]
         tl.store(partial_ptr + offsets, pooled[i], mask=(d < D)[None, :])
-        first = first + CHUNKS[i]
     tl.store(partial_ptr + D + part_offsets, maximum)
     tl.store(partial_ptr + D + 1 + part_offsets, total)
     tl.store(partial_ptr + D + 2 + part_offsets, dropped_total)
@@ -317,3 +315,135 @@ def context_combine_kernel(
             tl.float32,
             WEIGHTS_BLOCK,
         )
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def source_bwd_kernel(
+    source_ptr,
+    source_strides,
+    score_weight_ptr,  # [D]
+    weights_ptr,
+    weights_strides,
+    seed_ptr,
+    dropout_p,
+    grad_weights_ptr,
+    grad_weights_strides,
+    grad_pooled_ptr,  # [S, D]
+    slice_grads_ptr,  # [S, 2]: b_K . dc | sum over the slice of p dp
+    grad_scores_ptr,
+    grad_scores_strides,
+    grad_source_ptr,  # where the source is x_prev
+    grad_source_strides,
+    partial_ptr,  # [programs, D + 1]: sum of ds x' | of ds
+    bands,
+    tokens,
+    width,
+    patch_h,
+    patch_w,
+    tiles,
+    band_tiles,
+    split_tiles,
+    slices,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SOURCE_LAYOUT: tl.constexpr,
+    GRAD_SOURCE_LAYOUT: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    BANDS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    WORD: tl.constexpr = 128 // source_ptr.dtype.element_ty.primitive_bitwidth
+    SLICES: tl.constexpr = BANDS * GROUPS
+    # Says to the compiler that rows hold whole groups, and that wide runs hold whole words.
+    width = width // GROUPS * GROUPS
+    if SOURCE_LAYOUT == "tokens_wide" or GRAD_SOURCE_LAYOUT == "tokens_wide":
+        tokens = tokens // WORD * WORD
+        width = width // WORD * WORD
+    pid = tl.program_id(0)
+    _, _, grad_bias, grad_score_weight = start_pool(CHUNKS, 1)
+    last = tl.minimum((pid + 1) * split_tiles, tiles)
+    for i_tile in range(pid * split_tiles, last):
+        band, n, inside = tile_rows(i_tile, band_tiles, bands, tokens, BANDS, BLOCK_N)
+        first_slice = i_tile // band_tiles * SLICES
+        offsets = band_offset(band, weights_strides, patch_h, patch_w)
+        offsets += token_offsets(n, weights_strides, width, UNIFORM)
+        weights = tl.load(weights_ptr + offsets, mask=inside, other=0.0)  # [BLOCK_N]
+        # A weight of 0 takes no gradient, whatever its token holds: a masked one may hold NaN.
+        felt = weights != 0.0
+        rows = row_offsets(
+            band, n, source_strides, width, patch_h, patch_w, UNIFORM, SOURCE_LAYOUT, WORD
+        )
+        chunks = load_tokens(
+            source_ptr, rows, inside, source_strides, D, CHUNKS, SOURCE_LAYOUT, WORD
+        )
+        i_slice = first_slice + row_slots(BANDS, GROUPS, BLOCK_N)  # [BLOCK_N]
+        slice_grads = slice_grads_ptr + i_slice.to(tl.int64) * 2
+        grad = tl.load(slice_grads, mask=inside, other=0.0)  # [BLOCK_N]
+        delta = tl.load(slice_grads + 1, mask=inside, other=0.0)
+        slot = first_slice + tl.arange(0, SLICES)  # [SLICES]
+        grad_rows = ()
+        for i in tl.static_range(len(CHUNKS)):
+            d = chunk_channels(CHUNKS, i)
+            grad_pooled = tl.load(
+                grad_pooled_ptr + slot.to(tl.int64)[:, None] * D + d[None, :],
+                mask=(slot < slices)[:, None] & (d < D)[None, :],
+                other=0.0,
+            )  # [SLICES, width]
+            grad_row = spread_slices(grad_pooled, BANDS, GROUPS, BLOCK_N)
+            grad += tl.sum(chunks[i].to(tl.float32) * grad_row, axis=1)
+            grad_rows = grad_rows + (grad_row,)
+        dropped = weights
+        if seed_ptr is not None:
+            dropout = draw_dropout(seed_ptr, dropout_p, band, n)
+            dropped = weights * dropout
+            grad *= dropout
+        if grad_weights_ptr is not None:
+            offsets = band_offset(band, grad_weights_strides, patch_h, patch_w)
+            offsets += token_offsets(n, grad_weights_strides, width, UNIFORM)
+            grad += tl.load(grad_weights_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        grad_scores = tl.where(felt, weights * (grad - delta), 0.0)  # [BLOCK_N]
+        offsets = band_offset(band, grad_scores_strides, patch_h, patch_w)
+        offsets += token_offsets(n, grad_scores_strides, width, UNIFORM)
+        tl.store(grad_scores_ptr + offsets, grad_scores, mask=inside)
+        grad_bias += tl.sum(grad_scores, axis=0)
+        new_grad = ()
+        for i in tl.static_range(len(CHUNKS)):
+            x = tl.where(felt[:, None], chunks[i], 0.0).to(tl.float32)
+            products = tl.sum(grad_scores[:, None] * x, axis=0)[None, :]
+            new_grad = new_grad + (grad_score_weight[i] + products,)
+        grad_score_weight = new_grad
+        if grad_source_ptr is not None:
+            rows = row_offsets(
+                band,
+                n,
+                grad_source_strides,
+                width,
+                patch_h,
+                patch_w,
+                UNIFORM,
+                GRAD_SOURCE_LAYOUT,
+                WORD,
+            )
+            for i in tl.static_range(len(CHUNKS)):
+                d = chunk_channels(CHUNKS, i)
+                score_weight = load_bias(score_weight_ptr, d, D)
+                grad_source = dropped[:, None] * grad_rows[i]
+                grad_source += grad_scores[:, None] * score_weight[None, :]
+                store_columns(
+                    grad_source_ptr,
+                    grad_source,
+                    rows,
+                    inside,
+                    d,
+                    grad_source_strides,
+                    D,
+                    chunk_even(CHUNKS, i, D),
+                    GRAD_SOURCE_LAYOUT,
+                    WORD,
+                )
+    partial_ptr += pid.to(tl.int64) * (D + 1)
+    for i in tl.static_range(len(CHUNKS)):
+        d = chunk_channels(CHUNKS, i)
+        tl.store(partial_ptr + d[None, :], grad_score_weight[i], mask=(d < D)[None, :])
+    tl.store(partial_ptr + D + tl.arange(0, 1), grad_bias)

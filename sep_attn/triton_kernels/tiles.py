@@ -21,6 +21,8 @@ from sep_attn.triton_kernels.launch import (
     token_offsets,
 )
 
+# The weights, 1 + 2 D rows of D, are addressed in 32 bits.
+MOST_CHANNELS = 32_000
 # Bands are put side by side down to this many rows each.
 FEWEST_ROWS = 16
 
@@ -47,6 +49,27 @@ def tiling(grid: TokenGrid, block_tokens: int) -> Tiling:
     per_band = triton.cdiv(grid.tokens, rows)
     count = triton.cdiv(grid.bands, bands) * per_band
     return Tiling(count, per_band, bands, bands * grid.groups)
+
+
+@triton.constexpr_function
+def chunk_width(chunks, i):
+    return chunks[i]
+
+
+@triton.constexpr_function
+def chunk_start(chunks, i):
+    return sum(chunks[:i])
+
+
+@triton.constexpr_function
+def chunk_even(chunks, i, channels):
+    # Whether all of its channels are below D.
+    return sum(chunks[: i + 1]) <= channels
+
+
+@triton.jit
+def chunk_channels(CHUNKS: tl.constexpr, i: tl.constexpr):
+    return chunk_start(CHUNKS, i) + tl.arange(0, chunk_width(CHUNKS, i))
 
 
 @triton.jit
@@ -89,7 +112,10 @@ def row_offsets(
         if UNIFORM:
             return start + n
         else:
-            return start + (n // width).to(tl.int64) * stride_of(strides, 3, RUN) + n % width
+            # A run of RUN tokens lies in one row; side by side, the compiler does not see it.
+            lines = tl.max_constancy(n // width, RUN)
+            columns = tl.multiple_of(tl.max_contiguous(n % width, RUN), RUN)
+            return start + lines.to(tl.int64) * stride_of(strides, 3, RUN) + columns
     else:
         return start + token_offsets(n, strides, width, UNIFORM, RUN)
 
@@ -156,16 +182,11 @@ def load_tokens(
 ):
     # Whole tokens: a tuple of [BLOCK_N, width of the chunk].
     chunks = ()
-    first = 0
     for i in tl.static_range(len(CHUNKS)):
-        d = first + tl.arange(0, tl.constexpr(CHUNKS[i]))
-        even: tl.constexpr = False
-        if first + CHUNKS[i] <= D:
-            chunk = load_columns(ptr, rows, inside, d, strides, D, True, LAYOUT, WORD)
-        else:
-            chunk = load_columns(ptr, rows, inside, d, strides, D, False, LAYOUT, WORD)
-        chunks = chunks + (chunk,)
-        first = first + CHUNKS[i]
+        d = chunk_channels(CHUNKS, i)
+        chunks = chunks + (
+            load_columns(ptr, rows, inside, d, strides, D, chunk_even(CHUNKS, i, D), LAYOUT, WORD),
+        )
     return chunks
 
 
@@ -178,7 +199,7 @@ def load_weight(
     ROWS_EVEN: tl.constexpr,  # every row is below D
     COLUMNS_EVEN: tl.constexpr,
 ):
-    offsets = rows.to(tl.int64)[:, None] * D + columns[None, :]
+    offsets = rows[:, None] * D + columns[None, :]  # 32 bits: see MOST_CHANNELS
     if ROWS_EVEN and COLUMNS_EVEN:
         return tl.load(ptr + offsets)
     elif ROWS_EVEN:
@@ -186,9 +207,7 @@ def load_weight(
     elif COLUMNS_EVEN:
         return tl.load(ptr + offsets, mask=(rows < D)[:, None], other=0.0)
     else:
-        return tl.load(
-            ptr + offsets, mask=(rows < D)[:, None] & (columns < D)[None, :], other=0.0
-        )
+        return tl.load(ptr + offsets, mask=(rows < D)[:, None] & (columns < D)[None, :], other=0.0)
 
 
 @triton.jit
