@@ -13,6 +13,10 @@ and *acc* is the accumulation dtype, float32, or float64 for float64.
 ``separable_attention`` ``out``, ``weights tokens acc``, ``statistics [S, 2 D + 1] acc``: pooled
                       input, context and weight sum of each slice; ``_inference``: ``out``
 ==================== ===============================================================================
+
+``separable_attention`` differs between backends in one thing: the native one is given what attention
+dropout multiplies the weights by (``dropout_scale``), the Triton one a seed on the device and the
+probability, and draws the same twice.
 """
 
 from __future__ import annotations
@@ -170,11 +174,10 @@ def _separable_attention_fake(
     out_weight: Tensor,
     out_bias: Tensor | None,
     key_padding_mask: Tensor | None,
-    dropout_scale: Tensor | None,
-    act: str,
-    patch_h: int,
-    patch_w: int,
+    dropout: Tensor | None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    *_, patch_h, patch_w = options
     statistics = _per_slice(x, patch_h, patch_w, 2 * num_channels(x) + 1)
     return torch.empty_like(x), _per_token(x if x_prev is None else x_prev), statistics
 
@@ -191,15 +194,12 @@ def _separable_attention_backward_fake(
     qkv_weight: Tensor,
     qkv_bias: Tensor | None,
     out_weight: Tensor,
-    dropout_scale: Tensor | None,
+    dropout: Tensor | None,
     weights: Tensor,
     statistics: Tensor,
-    act: str,
-    patch_h: int,
-    patch_w: int,
-    need_input_grad: bool,
-    need_weight_grad: bool,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
+    *_, need_input_grad, need_weight_grad = options
     dim = num_channels(x)
 
     def weight_grad(*shape: int) -> Tensor:
@@ -218,12 +218,9 @@ def _separable_attention_backward_fake(
 def _separable_attention_setup(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 ) -> None:
-    x, x_prev, qkv_weight, qkv_bias, out_weight, _, _, dropout_scale = inputs[:8]
-    ctx.act, ctx.patch_h, ctx.patch_w = inputs[8:]
+    x, x_prev, qkv_weight, qkv_bias, out_weight, _, _, dropout, *ctx.options = inputs
     _, weights, statistics = output
-    ctx.save_for_backward(
-        x, x_prev, qkv_weight, qkv_bias, out_weight, dropout_scale, weights, statistics
-    )
+    ctx.save_for_backward(x, x_prev, qkv_weight, qkv_bias, out_weight, dropout, weights, statistics)
     ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
 
@@ -232,7 +229,7 @@ def _separable_attention_formula(backend: str) -> Callable[..., tuple[Tensor | N
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_weights: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, x_prev, qkv_weight, qkv_bias, out_weight, dropout_scale, weights, statistics = (
+        x, x_prev, qkv_weight, qkv_bias, out_weight, dropout, weights, statistics = (
             ctx.saved_tensors
         )
         if grad_out is None:
@@ -246,19 +243,17 @@ def _separable_attention_formula(backend: str) -> Callable[..., tuple[Tensor | N
             qkv_weight,
             qkv_bias,
             out_weight,
-            dropout_scale,
+            dropout,
             weights,
             statistics,
-            ctx.act,
-            ctx.patch_h,
-            ctx.patch_w,
+            *ctx.options,
             any(needed[:2]),
             any(needed[2:]),
         )
         wanted: Sequence[Tensor | None] = [
             grad if need else None for grad, need in zip(grads, needed, strict=True)
         ]
-        return *wanted, None, None, None, None, None
+        return *wanted, None, None, *(None for _ in ctx.options)
 
     return backward
 
@@ -279,22 +274,25 @@ _GATE_BACKWARD = (
     "(Tensor grad_y, Tensor v, Tensor context, str act, SymInt patch_h, SymInt patch_w)"
     " -> (Tensor grad_v, Tensor grad_context)"
 )
-_SEPARABLE_ATTENTION_ARGUMENTS = (
-    "(Tensor x, Tensor? x_prev, Tensor qkv_weight, Tensor? qkv_bias, Tensor out_weight,"
-    " Tensor? out_bias, Tensor? key_padding_mask, Tensor? dropout_scale, str act,"
-    " SymInt patch_h, SymInt patch_w)"
+_LAYER_TENSORS = (
+    "Tensor x, Tensor? x_prev, Tensor qkv_weight, Tensor? qkv_bias, Tensor out_weight,"
+    " Tensor? out_bias, Tensor? key_padding_mask"
 )
-_SEPARABLE_ATTENTION = (
-    _SEPARABLE_ATTENTION_ARGUMENTS + " -> (Tensor out, Tensor weights, Tensor statistics)"
+_LAYER_RESULTS = "(Tensor out, Tensor weights, Tensor statistics)"
+_LAYER_BACKWARD_TENSORS = (
+    "Tensor grad_out, Tensor? grad_weights, Tensor x, Tensor? x_prev, Tensor qkv_weight,"
+    " Tensor? qkv_bias, Tensor out_weight"
 )
-_SEPARABLE_ATTENTION_INFERENCE = _SEPARABLE_ATTENTION_ARGUMENTS + " -> Tensor"
-_SEPARABLE_ATTENTION_BACKWARD = (
-    "(Tensor grad_out, Tensor? grad_weights, Tensor x, Tensor? x_prev, Tensor qkv_weight,"
-    " Tensor? qkv_bias, Tensor out_weight, Tensor? dropout_scale, Tensor weights,"
-    " Tensor statistics, str act, SymInt patch_h, SymInt patch_w, bool need_input_grad,"
-    " bool need_weight_grad) -> (Tensor grad_x, Tensor grad_x_prev, Tensor grad_qkv_weight,"
+_LAYER_NEEDS = "bool need_input_grad, bool need_weight_grad"
+_LAYER_GRADIENTS = (
+    "(Tensor grad_x, Tensor grad_x_prev, Tensor grad_qkv_weight,"
     " Tensor grad_qkv_bias, Tensor grad_out_weight, Tensor grad_out_bias)"
 )
+_LAYER_DROPOUT = {"native": "Tensor? dropout_scale", "triton": "Tensor? dropout_seed"}
+_LAYER_OPTIONS = {
+    "native": "str act, SymInt patch_h, SymInt patch_w",
+    "triton": "float dropout_p, str act, SymInt patch_h, SymInt patch_w",
+}
 
 _POOL_AND_GATE = ("context_pool", "context_pool_backward", "gate", "gate_backward")
 _LAYER = (
@@ -316,37 +314,39 @@ for _backend in ("native", "triton"):
     _differentiate(f"gate_{_backend}", _gate_setup, _gate_formula(_backend))
     _refuse_double_backward(f"gate_backward_{_backend}")
 
-_define("separable_attention_native", _SEPARABLE_ATTENTION, _separable_attention_fake)
-_define(
-    "separable_attention_inference_native",
-    _SEPARABLE_ATTENTION_INFERENCE,
-    _separable_attention_inference_fake,
-)
-_define(
-    "separable_attention_backward_native",
-    _SEPARABLE_ATTENTION_BACKWARD,
-    _separable_attention_backward_fake,
-)
-_differentiate(
-    "separable_attention_native",
-    _separable_attention_setup,
-    _separable_attention_formula("native"),
-)
-_refuse_double_backward("separable_attention_backward_native")
+    dropout, options = _LAYER_DROPOUT[_backend], _LAYER_OPTIONS[_backend]
+    arguments = f"({_LAYER_TENSORS}, {dropout}, {options})"
+    _define(
+        f"separable_attention_{_backend}",
+        f"{arguments} -> {_LAYER_RESULTS}",
+        _separable_attention_fake,
+    )
+    _define(
+        f"separable_attention_inference_{_backend}",
+        f"{arguments} -> Tensor",
+        _separable_attention_inference_fake,
+    )
+    _define(
+        f"separable_attention_backward_{_backend}",
+        f"({_LAYER_BACKWARD_TENSORS}, {dropout}, Tensor weights, Tensor statistics, {options},"
+        f" {_LAYER_NEEDS}) -> {_LAYER_GRADIENTS}",
+        _separable_attention_backward_fake,
+    )
+    _differentiate(
+        f"separable_attention_{_backend}",
+        _separable_attention_setup,
+        _separable_attention_formula(_backend),
+    )
+    _refuse_double_backward(f"separable_attention_backward_{_backend}")
 
-_serve_with_triton("context_pool_triton", triton_kernels.context_pool)
-_serve_with_triton("context_pool_backward_triton", triton_kernels.context_pool_backward)
-_serve_with_triton("gate_triton", triton_kernels.gate)
-_serve_with_triton("gate_backward_triton", triton_kernels.gate_backward)
+for _name in (*_POOL_AND_GATE, *_LAYER):
+    _serve_with_triton(f"{_name}_triton", getattr(triton_kernels, _name))
 
 
 _OPERATORS = {
     (name, backend): getattr(torch.ops.sep_attn, f"{name}_{backend}").default
-    for backend, names in (
-        ("native", (*_POOL_AND_GATE, *_LAYER)),
-        ("triton", _POOL_AND_GATE),
-    )
-    for name in names
+    for backend in ("native", "triton")
+    for name in (*_POOL_AND_GATE, *_LAYER)
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sep_attn import reference
-from sep_attn.layout import token_shape
+from sep_attn.layout import default_patch_size, token_shape
 
 FEW_VALUES = 64
 
@@ -178,8 +179,14 @@ def check_layer(
     """Runs ``layer`` on a case and holds it against the oracle; returns its results."""
     inputs = inputs_of(case, dtype, device)
     result = run(layer, case, inputs, **options)
-    plain = run(reference.separable_attention, case, inputs)
     in_float64 = {name: value.double() for name, value in inputs.items()}
-    oracle = run(reference.separable_attention, case, in_float64)
+    draw: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if case.dropout_p > 0.0 and options.get("backend") == "triton" and dtype != torch.float64:
+        from dropout import drawn_by_triton  # needs Triton
+
+        draw = drawn_by_triton(*(case.patch_size or default_patch_size(inputs["x"])))
+    with draw:
+        plain = run(reference.separable_attention, case, inputs)
+        oracle = run(reference.separable_attention, case, in_float64)
     assert_as_good_as_plain(result, plain, oracle)
     return result

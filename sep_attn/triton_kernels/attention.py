@@ -365,7 +365,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     source = x if x_prev is None else x_prev
     slices, channels = x.shape[0] * patch_h * patch_w, num_channels(x)
-    _check_channels(channels)
+    _check(x.dtype, channels)
     out = torch.empty_like(x)
     weights = None
     if keep_weights:
@@ -444,7 +444,12 @@ def _multiply(
     launch(a_ptr=a, weight_ptr=weight, bias_ptr=bias, out_ptr=out, **tensors)
 
 
-def _check_channels(channels: int) -> None:
+def _check(dtype: torch.dtype, channels: int) -> None:
+    if dtype == torch.float64:
+        raise TypeError(
+            "the fused layer takes float32, bfloat16 and float16; float64 goes through "
+            "sep_attn.functional.separable_attention, which composes it of smaller kernels"
+        )
     if channels > MOST_CHANNELS:
         raise ValueError(
             f"the Triton kernels take up to {MOST_CHANNELS} channels, this layer has {channels}"
@@ -479,6 +484,28 @@ def separable_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def separable_attention_inference(*arguments: Any) -> Tensor:
     """The output alone; see :func:`separable_attention`."""
     return _forward(*arguments, False)[0]
+
+
+def _weight_grad(call: Call, operands: Operands, a: str, b: str) -> tuple[int, Launch]:
+    """Into how many parts ``a^T b`` is split, and the launch that makes them."""
+    config = call.config("weight_grad_kernel", operands.channels)
+    tiles = _tiles_of(operands, operands.grid, config.tokens)
+    columns = min(config.columns, _padded(operands.channels))
+    blocks = triton.cdiv(operands.channels, columns) ** 2
+    most_splits = max(1, min(tiles["tiles"], WEIGHT_PROGRAMS // blocks))
+    split_tiles = triton.cdiv(tiles["tiles"], most_splits)
+    splits = triton.cdiv(tiles["tiles"], split_tiles)
+    arguments = {
+        **operands.of_call(operands.grid),
+        **operands.of_tensors(a=a, b=b),
+        **tiles,
+        **_options(config),
+        "split_tiles": split_tiles,
+        "PRECISION": call.precision,
+        "BLOCK_I": columns,
+        "BLOCK_J": columns,
+    }
+    return splits, Launch(products.weight_grad_kernel, blocks * splits, arguments)
 
 
 class BackwardPlan(NamedTuple):
@@ -533,26 +560,8 @@ def _plan_backward(
         products.value_gate_bwd_kernel, tiles["tiles"] * triton.cdiv(channels, columns), values
     )
 
-    config = call.config("weight_grad_kernel", channels)
-    tiles = _tiles_of(operands, grid, config.tokens)
-    columns = min(config.columns, _padded(channels))
-    blocks = triton.cdiv(channels, columns) ** 2
-    most_splits = max(1, min(tiles["tiles"], WEIGHT_PROGRAMS // blocks))
-    split_tiles = triton.cdiv(tiles["tiles"], most_splits)
-    splits = triton.cdiv(tiles["tiles"], split_tiles)
-
-    def weight_grad(a: str, b: str) -> Launch:
-        arguments = {
-            **operands.of_call(grid),
-            **operands.of_tensors(a=a, b=b),
-            **tiles,
-            **_options(config),
-            "split_tiles": split_tiles,
-            "PRECISION": call.precision,
-            "BLOCK_I": columns,
-            "BLOCK_J": columns,
-        }
-        return Launch(products.weight_grad_kernel, blocks * splits, arguments)
+    splits, out_weight = _weight_grad(call, operands, "grad_out", "like")
+    _, value_weight = _weight_grad(call, operands, "like", "x")
 
     config = call.config("source_bwd_kernel", channels)
     tiles = _tiles_of(operands, source, config.tokens)
@@ -579,8 +588,8 @@ def _plan_backward(
     return BackwardPlan(
         values_launch,
         splits,
-        weight_grad("grad_out", "like"),
-        weight_grad("like", "x"),
+        out_weight,
+        value_weight,
         source_launch,
         _product(call, operands, "like", "like", "bias" if separate else "pool", False),
     )
@@ -595,9 +604,9 @@ def separable_attention_backward(
     qkv_bias: Tensor | None,
     out_weight: Tensor,
     dropout_seed: Tensor | None,
-    dropout_p: float,
     weights: Tensor,
     statistics: Tensor,
+    dropout_p: float,
     act: str,
     patch_h: int,
     patch_w: int,
