@@ -169,6 +169,17 @@ def assert_as_good_as_plain(
         assert error <= 2.0 * allowed + 1e-5, f"{name}: {error:.3g} against plain {allowed:.3g}"
 
 
+def drawn_as(
+    backend: object, patch_h: int = 1, patch_w: int = 1
+) -> contextlib.AbstractContextManager[object]:
+    """Within it the reference draws its dropout as the fused layer of a backend does."""
+    if backend != "triton":
+        return contextlib.nullcontext()
+    from dropout import drawn_by_triton  # needs Triton
+
+    return drawn_by_triton(patch_h, patch_w)
+
+
 def check_layer(
     layer: Callable[..., Tensor | tuple[Tensor, Tensor]],
     case: Case,
@@ -180,12 +191,8 @@ def check_layer(
     inputs = inputs_of(case, dtype, device)
     result = run(layer, case, inputs, **options)
     in_float64 = {name: value.double() for name, value in inputs.items()}
-    draw: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-    if case.dropout_p > 0.0 and options.get("backend") == "triton" and dtype != torch.float64:
-        from dropout import drawn_by_triton  # needs Triton
-
-        draw = drawn_by_triton(*(case.patch_size or default_patch_size(inputs["x"])))
-    with draw:
+    patch_size = case.patch_size or default_patch_size(inputs["x"])
+    with drawn_as("native" if dtype == torch.float64 else options["backend"], *patch_size):
         plain = run(reference.separable_attention, case, inputs)
         oracle = run(reference.separable_attention, case, in_float64)
     assert_as_good_as_plain(result, plain, oracle)

@@ -579,6 +579,7 @@ def _plan_backward(
         **_options(config),
         "GRAD_SOURCE_LAYOUT": operands.layouts.get("grad_source", ""),
         "split_tiles": source_tiles,
+        "POOL_STAGES": config.stages,
         "slices": operands.slices,
         "CHUNKS": chunk_widths(channels),
     }

@@ -44,60 +44,62 @@ class Choice(NamedTuple):
 Rows = Mapping[int | None, tuple[int, int, int, int]]
 
 # Small tiles that any GPU with 64 KiB of shared memory a program can hold.
+_POOL: Rows = {
+    64: (64, 0, 4, 1),
+    128: (32, 0, 4, 1),
+    256: (16, 0, 4, 1),
+    512: (8, 0, 4, 1),
+    1024: (8, 0, 8, 1),
+    None: (4, 0, 8, 1),
+}
+_FUSED: Rows = {
+    64: (64, 32, 4, 1),
+    128: (64, 32, 4, 1),
+    256: (32, 16, 4, 1),
+    512: (16, 16, 4, 1),
+}
+_FUSED_FLOAT32: Rows = {
+    64: (32, 32, 4, 1),
+    128: (32, 16, 4, 1),
+    512: (16, 16, 4, 1),
+}
 OTHER: Mapping[str, Rows] = {
-    "slice_fwd_kernel": {
-        64: (64, 32, 4, 1),
-        128: (64, 32, 4, 1),
-        256: (32, 16, 4, 1),
-        512: (16, 16, 4, 1),
-    },
-    "slice_fwd_kernel.float32": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 512: (16, 16, 4, 1)},
-    "score_pool_fwd_kernel": {
-        128: (64, 0, 4, 1),
-        256: (32, 0, 4, 1),
-        512: (16, 0, 4, 1),
-        None: (16, 0, 4, 1),
-    },
-    "value_gate_output_fwd_kernel": {
-        64: (64, 32, 4, 1),
-        128: (64, 32, 4, 1),
-        256: (32, 16, 4, 1),
-        512: (16, 16, 4, 1),
-    },
-    "value_gate_output_fwd_kernel.float32": {
-        64: (32, 32, 4, 1),
-        128: (32, 16, 4, 1),
-        512: (16, 16, 4, 1),
-    },
+    "slice_fwd_kernel": _FUSED,
+    "slice_fwd_kernel.float32": _FUSED_FLOAT32,
+    "score_pool_fwd_kernel": _POOL,
+    "value_gate_output_fwd_kernel": _FUSED,
+    "value_gate_output_fwd_kernel.float32": _FUSED_FLOAT32,
     "token_product_kernel": {None: (64, 64, 4, 2)},
-    "value_gate_bwd_kernel": {None: (64, 64, 4, 1)},
-    "weight_grad_kernel": {None: (32, 64, 4, 1)},
-    "source_bwd_kernel": {
-        128: (64, 0, 4, 1),
-        256: (32, 0, 4, 1),
-        512: (16, 0, 4, 1),
-        None: (16, 0, 4, 1),
-    },
+    "token_product_kernel.float32": {None: (64, 32, 4, 2)},
+    "value_gate_bwd_kernel": {None: (64, 32, 4, 1)},
+    "value_gate_bwd_kernel.float32": {None: (32, 32, 4, 1)},
+    "weight_grad_kernel": {None: (32, 64, 4, 2)},
+    "weight_grad_kernel.float32": {None: (16, 64, 4, 2)},
+    "source_bwd_kernel": _POOL,
 }
 
+_POOL_SM_90: Rows = {
+    64: (64, 0, 4, 3),
+    128: (32, 0, 4, 3),
+    256: (16, 0, 4, 3),
+    512: (8, 0, 4, 3),
+    1024: (8, 0, 8, 2),
+    None: (4, 0, 8, 2),
+}
+_FUSED_SM_90: Rows = {
+    64: (128, 64, 8, 3),
+    128: (128, 64, 8, 3),
+    256: (128, 64, 8, 2),
+    512: (64, 32, 8, 2),
+}
 SM_90: Mapping[str, Rows] = {
-    "slice_fwd_kernel": {
-        64: (128, 64, 8, 3),
-        128: (128, 64, 8, 3),
-        192: (128, 64, 8, 2),
-        256: (128, 64, 8, 2),
-        512: (64, 32, 8, 2),
-    },
-    "value_gate_output_fwd_kernel": {
-        64: (128, 64, 8, 3),
-        128: (128, 64, 8, 3),
-        192: (128, 64, 8, 2),
-        256: (128, 64, 8, 2),
-        512: (64, 32, 8, 2),
-    },
-    "token_product_kernel": {64: (128, 64, 4, 3), 128: (128, 128, 8, 3), None: (128, 256, 8, 3)},
-    "value_gate_bwd_kernel": {64: (128, 64, 4, 2), None: (128, 64, 8, 3)},
+    "slice_fwd_kernel": _FUSED_SM_90,
+    "score_pool_fwd_kernel": _POOL_SM_90,
+    "value_gate_output_fwd_kernel": _FUSED_SM_90,
+    "token_product_kernel": {64: (128, 64, 4, 3), None: (128, 128, 8, 3)},
+    "value_gate_bwd_kernel": {None: (128, 64, 8, 3)},
     "weight_grad_kernel": {None: (64, 128, 8, 3)},
+    "source_bwd_kernel": _POOL_SM_90,
 }
 
 TABLES: Mapping[str, Mapping[str, Rows]] = {"sm_90": SM_90}
@@ -122,11 +124,9 @@ def rows_of(kernel: str, arch: str, itemsize: int) -> dict[int | None, Config]:
     """The rows of a kernel, narrowest D first."""
     table = TABLES.get(arch, {})
     names = (kernel,) if itemsize == 2 else (f"{kernel}.float32", kernel)
-    for name in names:
-        for rows in (table.get(name), OTHER.get(name)):
-            if rows is not None:
-                return {channels: Config(*row) for channels, row in rows.items()}
-    raise KeyError(kernel)
+    # A table's tiles for 2 bytes are too large for 4: without rows of its own, OTHER's.
+    rows = table.get(names[0]) or OTHER.get(names[0]) or OTHER[kernel]
+    return {channels: Config(*row) for channels, row in rows.items()}
 
 
 @functools.lru_cache(maxsize=1024)

@@ -88,7 +88,7 @@ def value_gate_output(
             v = tl.dot(chunks[i], value_weight.T, v, input_precision=PRECISION)
         v += load_bias(value_bias_ptr, e, D)[None, :]
         context = load_slice_columns(
-            context_ptr, 2 * D + 1, first_slice, slices, slots, e, D, BANDS * GROUPS
+            context_ptr, 2 * D + 1, first_slice, slices, slots, e, D, BANDS * GROUPS, True
         )
         gated = (activate(v, ACT) * context).to(chunks[0].dtype)  # [BLOCK_N, BLOCK_E]
         new_out = ()
@@ -425,6 +425,38 @@ def slice_fwd_kernel(
             tl.store(slot_ptr + D + e, context, mask=(e < D) & inside_slice)
     tl.debug_barrier()
 
+    if BANDS > 1:
+        value_gate_output_tile(
+            pid,
+            x_ptr,
+            x_strides,
+            qkv_weight_ptr,
+            qkv_bias_ptr,
+            out_weight_ptr,
+            out_bias_ptr,
+            statistics_ptr,
+            out_ptr,
+            out_strides,
+            bands,
+            tokens,
+            width,
+            patch_h,
+            patch_w,
+            band_tiles,
+            slices,
+            D,
+            CHUNKS,
+            X_LAYOUT,
+            OUT_LAYOUT,
+            UNIFORM,
+            BANDS,
+            GROUPS,
+            ACT,
+            PRECISION,
+            BLOCK_N,
+            BLOCK_E,
+        )
+        return
     for i_tile in range(0, band_tiles):
         # Always 0, which the compiler does not know: the weights' addresses are worked out for
         # each tile, for kept across tiles they do not fit into registers.

@@ -23,6 +23,7 @@ from sep_attn.triton_kernels.tiles import (
     load_bias,
     load_columns,
     load_slice_columns,
+    load_slice_row,
     load_weight,
     row_offsets,
     row_slots,
@@ -118,31 +119,26 @@ def token_product_kernel(
 
     if bias_ptr is not None:
         acc += load_bias(bias_ptr, e, D)[None, :]
-    if EPILOGUE != "bias":
-        slots = row_slots(BANDS, GROUPS, BLOCK_N)
-        slice_rows = load_slice_columns(
-            slice_ptr,
-            row_size,
-            i_tile // band_tiles * (BANDS * GROUPS),
-            slices,
-            slots,
-            e,
-            D,
-            BANDS * GROUPS,
-        )  # [BLOCK_N or 1, BLOCK_E]
-        if EPILOGUE == "gate":
-            acc = activate(acc, ACT) * slice_rows
-        else:
-            offsets = band_offset(band, weights_strides, patch_h, patch_w)
-            offsets += token_offsets(n, weights_strides, width, UNIFORM)
-            weights = tl.load(weights_ptr + offsets, mask=inside, other=0.0)  # [BLOCK_N]
-            if seed_ptr is not None:
-                weights *= draw_dropout(seed_ptr, dropout_p, band, n)
-            offsets = band_offset(band, grad_scores_strides, patch_h, patch_w)
-            offsets += token_offsets(n, grad_scores_strides, width, UNIFORM)
-            grad_scores = tl.load(grad_scores_ptr + offsets, mask=inside, other=0.0)
-            score_weight = load_bias(score_weight_ptr, e, D)  # [BLOCK_E]
-            acc += weights[:, None] * slice_rows + grad_scores[:, None] * score_weight[None, :]
+    first_slice = i_tile // band_tiles * (BANDS * GROUPS)
+    slots = row_slots(BANDS, GROUPS, BLOCK_N)  # [BLOCK_N]
+    if EPILOGUE == "gate":
+        acc = activate(acc, ACT)
+        for slot in range(0, BANDS * GROUPS):
+            row = load_slice_row(slice_ptr, row_size, first_slice + slot, slices, e, D)
+            acc = tl.where((slots == slot)[:, None], acc * row[None, :], acc)
+    if EPILOGUE == "pool":
+        offsets = band_offset(band, weights_strides, patch_h, patch_w)
+        offsets += token_offsets(n, weights_strides, width, UNIFORM)
+        weights = tl.load(weights_ptr + offsets, mask=inside, other=0.0)  # [BLOCK_N]
+        if seed_ptr is not None:
+            weights *= draw_dropout(seed_ptr, dropout_p, band, n)
+        for slot in range(0, BANDS * GROUPS):
+            row = load_slice_row(slice_ptr, row_size, first_slice + slot, slices, e, D)
+            acc += tl.where(slots == slot, weights, 0.0)[:, None] * row[None, :]
+        offsets = band_offset(band, grad_scores_strides, patch_h, patch_w)
+        offsets += token_offsets(n, grad_scores_strides, width, UNIFORM)
+        grad_scores = tl.load(grad_scores_ptr + offsets, mask=inside, other=0.0)
+        acc += grad_scores[:, None] * load_bias(score_weight_ptr, e, D)[None, :]
     rows = row_offsets(band, n, out_strides, width, patch_h, patch_w, UNIFORM, OUT_LAYOUT, WORD)
     store_columns(out_ptr, acc, rows, inside, e, out_strides, D, EVEN_E, OUT_LAYOUT, WORD)
 
@@ -229,6 +225,7 @@ def value_gate_bwd_kernel(
         e,
         D,
         SLICES,
+        False,
     )  # [BLOCK_N or 1, BLOCK_E]
     active = activate(v, ACT)
     if gated_ptr is not None:

@@ -352,6 +352,7 @@ def source_bwd_kernel(
     BANDS: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    POOL_STAGES: tl.constexpr,
 ):
     WORD: tl.constexpr = 128 // source_ptr.dtype.element_ty.primitive_bitwidth
     SLICES: tl.constexpr = BANDS * GROUPS
@@ -363,7 +364,7 @@ def source_bwd_kernel(
     pid = tl.program_id(0)
     _, _, grad_bias, grad_score_weight = start_pool(CHUNKS, 1)
     last = tl.minimum((pid + 1) * split_tiles, tiles)
-    for i_tile in range(pid * split_tiles, last):
+    for i_tile in tl.range(pid * split_tiles, last, num_stages=POOL_STAGES):
         band, n, inside = tile_rows(i_tile, band_tiles, bands, tokens, BANDS, BLOCK_N)
         first_slice = i_tile // band_tiles * SLICES
         offsets = band_offset(band, weights_strides, patch_h, patch_w)
@@ -390,7 +391,9 @@ def source_bwd_kernel(
                 mask=(slot < slices)[:, None] & (d < D)[None, :],
                 other=0.0,
             )  # [SLICES, width]
-            grad_row = spread_slices(grad_pooled, BANDS, GROUPS, BLOCK_N)
+            grad_row = grad_pooled  # one for all tokens, or one a token
+            if SLICES > 1:
+                grad_row = spread_slices(grad_pooled, BANDS, GROUPS, BLOCK_N)
             grad += tl.sum(chunks[i].to(tl.float32) * grad_row, axis=1)
             grad_rows = grad_rows + (grad_row,)
         dropped = weights

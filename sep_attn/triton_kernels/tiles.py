@@ -258,6 +258,12 @@ def spread_slices(values, BANDS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl
 
 
 @triton.jit
+def load_slice_row(ptr, row_size, i_slice, slices, d, D: tl.constexpr):
+    offset = i_slice.to(tl.int64) * row_size
+    return tl.load(ptr + offset + d, mask=(d < D) & (i_slice < slices), other=0.0)
+
+
+@triton.jit
 def load_slice_columns(
     ptr,  # [S, row_size]
     row_size,
@@ -267,6 +273,7 @@ def load_slice_columns(
     d,  # [WIDTH]
     D: tl.constexpr,
     SLICES: tl.constexpr,
+    UNROLL: tl.constexpr,  # inside a loop that is to be pipelined
 ):
     # Every row's slice, at these channels: [BLOCK_N, WIDTH], or [1, WIDTH] where all share one.
     if SLICES == 1:
@@ -274,11 +281,14 @@ def load_slice_columns(
         return tl.load(ptr + offset + d, mask=d < D, other=0.0)[None, :]
     else:
         values = tl.zeros((slots.shape[0], d.shape[0]), tl.float32)
-        for slot in tl.static_range(SLICES):
-            offset = (first_slice + slot).to(tl.int64) * row_size
-            mask = (d < D) & (first_slice + slot < slices)
-            row = tl.load(ptr + offset + d, mask=mask, other=0.0)
-            values = tl.where((slots == slot)[:, None], row[None, :], values)
+        if UNROLL:
+            for slot in tl.static_range(SLICES):
+                row = load_slice_row(ptr, row_size, first_slice + slot, slices, d, D)
+                values = tl.where((slots == slot)[:, None], row[None, :], values)
+        else:
+            for slot in range(0, SLICES):
+                row = load_slice_row(ptr, row_size, first_slice + slot, slices, d, D)
+                values = tl.where((slots == slot)[:, None], row[None, :], values)
         return values
 
 
