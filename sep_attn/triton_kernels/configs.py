@@ -90,7 +90,8 @@ _FUSED_SM_90: Rows = {
     64: (128, 64, 8, 3),
     128: (128, 64, 8, 3),
     256: (128, 64, 8, 2),
-    512: (64, 32, 8, 2),
+    384: (64, 32, 8, 2),
+    512: (64, 16, 8, 2),
 }
 SM_90: Mapping[str, Rows] = {
     "slice_fwd_kernel": _FUSED_SM_90,
@@ -154,7 +155,7 @@ def every_config(architectures: tuple[str, ...] | None = None) -> Iterator[Choic
 
 @functools.cache
 def chunk_widths(channels: int) -> tuple[int, ...]:
-    """Powers of two, falling, at least 16, that together hold D channels and pad them by an eighth
+    """Powers of two, falling, at least 16, that together hold D channels and pad them by a seventh
     or less where three pieces can: a tile of tokens is held in such pieces, for a tile's sides must
     be powers of two."""
     widths: list[int] = []
@@ -162,7 +163,7 @@ def chunk_widths(channels: int) -> tuple[int, ...]:
     while left > 0:
         width = max(16, 1 << (left.bit_length() - 1))
         # The last piece, or one that is nearly twice as wide: round up.
-        if len(widths) == 2 or (width < left and 2 * width - left <= channels // 8):
+        if len(widths) == 2 or (width < left and 2 * width - left <= channels // 7):
             width = max(16, 1 << (left - 1).bit_length())
         widths.append(width)
         left -= width

@@ -105,6 +105,7 @@ def value_gate_output(
 @triton.jit
 def value_gate_output_tile(
     i_tile,
+    zero,
     x_ptr,
     x_strides,
     qkv_weight_ptr,
@@ -136,7 +137,7 @@ def value_gate_output_tile(
     WORD: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     band, n, inside = tile_rows(i_tile, band_tiles, bands, tokens, BANDS, BLOCK_N)
     rows = row_offsets(band, n, x_strides, width, patch_h, patch_w, UNIFORM, X_LAYOUT, WORD)
-    chunks = load_tokens(x_ptr, rows, inside, x_strides, D, CHUNKS, X_LAYOUT, WORD)
+    chunks = load_tokens(x_ptr, rows, inside, x_strides, D, CHUNKS, X_LAYOUT, WORD, zero * WORD)
     out = value_gate_output(
         chunks,
         qkv_weight_ptr,
@@ -154,9 +155,10 @@ def value_gate_output_tile(
         ACT,
         PRECISION,
     )
+    band, n, inside = tile_rows(i_tile + zero, band_tiles, bands, tokens, BANDS, BLOCK_N)
     rows = row_offsets(band, n, out_strides, width, patch_h, patch_w, UNIFORM, OUT_LAYOUT, WORD)
     for i in tl.static_range(len(CHUNKS)):
-        d = chunk_channels(CHUNKS, i)
+        d = chunk_channels(CHUNKS, i) + zero * WORD
         result = out[i] + load_bias(out_bias_ptr, d, D)[None, :]
         store_columns(
             out_ptr,
@@ -212,6 +214,7 @@ def value_gate_output_fwd_kernel(
     # Last tiles first: they were read last, and may still lie in the cache.
     value_gate_output_tile(
         tiles - 1 - tl.program_id(0),
+        0,
         x_ptr,
         x_strides,
         qkv_weight_ptr,
@@ -428,6 +431,7 @@ def slice_fwd_kernel(
     if BANDS > 1:
         value_gate_output_tile(
             pid,
+            0,
             x_ptr,
             x_strides,
             qkv_weight_ptr,
@@ -458,16 +462,17 @@ def slice_fwd_kernel(
         )
         return
     for i_tile in range(0, band_tiles):
-        # Always 0, which the compiler does not know: the weights' addresses are worked out for
-        # each tile, for kept across tiles they do not fit into registers.
-        zero = i_tile // band_tiles * WORD
+        # Always 0, which the compiler does not know: addresses of weights and of out are worked out
+        # anew where they are needed, for kept until then they do not fit into registers.
+        zero = i_tile // band_tiles
         value_gate_output_tile(
             pid * band_tiles + band_tiles - 1 - i_tile,  # the one read last is still near
+            zero,
             x_ptr,
             x_strides,
-            qkv_weight_ptr + zero,
+            qkv_weight_ptr + zero * WORD,
             qkv_bias_ptr,
-            out_weight_ptr + zero,
+            out_weight_ptr + zero * WORD,
             out_bias_ptr,
             statistics_ptr,
             out_ptr,

@@ -179,11 +179,12 @@ def load_tokens(
     CHUNKS: tl.constexpr,
     LAYOUT: tl.constexpr,
     WORD: tl.constexpr,
+    first=0,
 ):
     # Whole tokens: a tuple of [BLOCK_N, width of the chunk].
     chunks = ()
     for i in tl.static_range(len(CHUNKS)):
-        d = chunk_channels(CHUNKS, i)
+        d = first + chunk_channels(CHUNKS, i)
         chunks = chunks + (
             load_columns(ptr, rows, inside, d, strides, D, chunk_even(CHUNKS, i, D), LAYOUT, WORD),
         )
