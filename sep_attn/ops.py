@@ -14,9 +14,13 @@ and *acc* is the accumulation dtype, float32, or float64 for float64.
                       input, context and weight sum of each slice; ``_inference``: ``out``
 ==================== ===============================================================================
 
-``separable_attention`` differs between backends in one thing: the native one is given what attention
-dropout multiplies the weights by (``dropout_scale``), the Triton one a seed on the device and the
-probability, and draws the same twice.
+``separable_attention`` differs between backends in one thing: the native one is given what
+attention dropout multiplies the weights by (``dropout_scale``), the Triton one a seed on the device
+and the probability, and draws the same twice.
+
+The Triton launchers are opaque to ``torch.compile`` on purpose. ``torch.library.triton_op`` would
+trace them with symbolic sizes; which kernels serve a call and how its tokens are split depends on
+the number of tokens, so every such choice would become a guard, and a new length a recompile.
 """
 
 from __future__ import annotations

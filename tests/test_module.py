@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import drawn_as
 from test_layer import backend_or_skip, device_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend

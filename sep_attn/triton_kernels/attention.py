@@ -1,14 +1,19 @@
 # mypy: disallow-untyped-defs=False
 """The launchers of the fused layer: which kernels serve a call, with which arguments.
 
-:func:`path_of` is the one place that chooses.
+:func:`_plan_forward` is the one place that chooses; e is the size of a value in bytes.
 
-=========== ======================================================================================
-``short``   one launch (:mod:`fused`): a program does whole slices. 2 N D e of memory traffic
-``long``    scores and pool, combine (:mod:`scoring`), values, gate and output (:mod:`fused`): 3 N D e
-``wide``    D above 512: scores and pool, combine, value product with bias, activation and gate as
-            its epilogue, output product (:mod:`products`): 5 N D e, and the rate of the products
-=========== ======================================================================================
+========= =========================================================================================
+``short`` one launch (:mod:`fused`), a program does whole slices: 2 N D e of memory traffic
+``long``  scores and pool, combine (:mod:`scoring`), values with gate and output (:mod:`fused`):
+          3 N D e
+``wide``  more channels than ``MOST_FUSED_CHANNELS``: scores and pool, combine, value product with
+          bias, activation and gate as its epilogue, output product (:mod:`products`): 5 N D e
+========= =========================================================================================
+
+Backward is the same for all: value and gate (:mod:`products`), sums and products of one row a slice
+(torch), scores (:mod:`scoring`), the product that gives dx with the pool's terms as its epilogue,
+and the two gradients of weights: 11 N D e, of which each is read or written by one kernel only.
 
 float64 is served by :mod:`pooling`, :mod:`gating` and torch's products
 (:mod:`sep_attn.functional`): tensor cores have no use for its accuracy.
@@ -63,17 +68,14 @@ WEIGHT_PROGRAMS = 264
 SUM_BLOCK = 1024
 
 
-def path_of(bands: int, tokens: int, source_tokens: int, channels: int, tile_tokens: int) -> str:
-    """``"short"``, ``"long"`` or ``"wide"``: see the table above.
+def path_of(bands: int, tokens: int, source_tokens: int, tile_tokens: int) -> str:
+    """``"short"`` or ``"long"``, where a program can hold whole tokens: see the table above.
 
     Args:
         bands: slices, or rows of slices, that lie apart (:mod:`sep_attn.triton_kernels.launch`).
         tokens, source_tokens: of a band, in x and where scores and keys come from.
-        channels: D.
         tile_tokens: rows of a tile of the kernel for short slices.
     """
-    if channels > MOST_FUSED_CHANNELS:
-        return "wide"
     longest = max(tokens, source_tokens)
     if longest <= tile_tokens or (longest <= SHORT_TOKENS and bands >= SHORT_PROGRAMS):
         return "short"
@@ -252,11 +254,11 @@ def _plan_forward(
         {"source": source_strides, "mask": mask_strides, "weights": weights_strides},
     )
     grid, source, channels = operands.grid, operands.source, operands.channels
-    fused_layer = channels <= MOST_FUSED_CHANNELS
+    fused_layer = channels <= MOST_FUSED_CHANNELS[call.itemsize]
     path = "wide"
     if fused_layer:
         config = call.config("slice_fwd_kernel", channels)
-        path = path_of(grid.bands, grid.tokens, source.tokens, channels, config.tokens)
+        path = path_of(grid.bands, grid.tokens, source.tokens, config.tokens)
     if path == "short":
         return ForwardPlan(path, (_slice_launch(call, operands, config),), 0)
 

@@ -1,10 +1,10 @@
-"""Tiles, warps and stages of the fused layer's kernels: one readable table, never tuned at run time.
+"""Tiles, warps and stages of the fused layer's kernels: a readable table, never tuned at run time.
 
 A kernel's configuration depends on the architecture, on the size of a value and on D, never on the
 number of tokens. ``TABLES[architecture][kernel]`` holds rows ``D up to: (tokens, columns, warps,
-stages)`` for values of 2 bytes and, under ``<kernel>.float32``, for values of 4. A ``None`` row holds for
-every larger D; an architecture without a table, or a kernel or width without a row there, takes the
-row of ``OTHER``. :func:`every_config` lists all that can be picked, for reports and offline tuning.
+stages)`` for values of 2 bytes and, under ``<kernel>.float32``, for values of 4. A ``None`` row
+holds for every larger D; an architecture without a table, or a kernel without rows in it, takes the
+rows of ``OTHER``. :func:`every_config` lists all that can be picked, for reports and offline tuning.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 import torch
 
-# Channels up to which a program holds whole tokens (x, and the sums of the output); above it the
-# products are cut along their columns and the gated values pass through memory.
-MOST_FUSED_CHANNELS = 512
+# Channels up to which a program holds whole tokens (x, and the sums of the output), by the size of a
+# value in bytes; above it the products are cut along their columns and the gated values pass through
+# memory. Without tensor cores 4 bytes a value leave room for so few tokens that reading the weights
+# would cost more than the pass saves.
+MOST_FUSED_CHANNELS = {2: 512, 4: 64}
 
 
 class Config(NamedTuple):
@@ -58,11 +60,7 @@ _FUSED: Rows = {
     256: (32, 16, 4, 1),
     512: (16, 16, 4, 1),
 }
-_FUSED_FLOAT32: Rows = {
-    64: (32, 32, 4, 1),
-    128: (32, 16, 4, 1),
-    512: (16, 16, 4, 1),
-}
+_FUSED_FLOAT32: Rows = {64: (32, 32, 4, 1)}
 OTHER: Mapping[str, Rows] = {
     "slice_fwd_kernel": _FUSED,
     "slice_fwd_kernel.float32": _FUSED_FLOAT32,
@@ -101,6 +99,9 @@ SM_90: Mapping[str, Rows] = {
     "value_gate_bwd_kernel": {None: (128, 64, 8, 3)},
     "weight_grad_kernel": {None: (64, 128, 8, 3)},
     "source_bwd_kernel": _POOL_SM_90,
+    "token_product_kernel.float32": {None: (128, 64, 8, 3)},
+    "value_gate_bwd_kernel.float32": {None: (64, 64, 8, 2)},
+    "weight_grad_kernel.float32": {None: (32, 64, 8, 3)},
 }
 
 TABLES: Mapping[str, Mapping[str, Rows]] = {"sm_90": SM_90}

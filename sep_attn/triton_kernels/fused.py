@@ -1,10 +1,10 @@
 # mypy: disallow-untyped-defs=False
-"""Forward of the whole layer where a program can hold whole tokens (D up to 512).
+"""Forward of the whole layer where a program can hold whole tokens (``MOST_FUSED_CHANNELS``).
 
-A tile of x is multiplied by W_V a few columns at a time; these are gated in registers and multiplied
-by W_O into sums that never leave them, so the gated values do not pass through memory:
-``out += (act(x W_V^T + b_V) * c)[:, columns] W_O[:, columns]^T``. Short slices run the scores, the
-softmax and the context in the same launch: x is read from memory once (the second time from the
+A tile of x is multiplied by W_V, a few columns at a time; these are gated in registers and
+multiplied by W_O into sums that never leave them: the gated values do not pass through memory.
+Short slices run the scores, the
+softmax and the context in the same launch: x is read from memory once (the second time from a
 cache) and out is written once.
 """
 

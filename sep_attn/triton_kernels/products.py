@@ -2,13 +2,13 @@
 """Products of tokens with a weight whose epilogue does what else is to be done to the result, and
 the gradients of the weights.
 
-``token_product_kernel`` multiplies tokens by a weight, a tile of tokens and of columns a program. Its
-epilogue adds the bias (output product), or the bias, activation and gate (value product of wide
+``token_product_kernel`` multiplies tokens by a weight, a tile of tokens and of columns a program.
+Its epilogue adds the bias (output product), or the bias, activation and gate (value product of wide
 layers), or the pool's terms ``p~_n dxbar + ds_n w_I`` (``dx = dv W_V + ...``).
-``value_gate_bwd_kernel`` makes ``v = x W_V^T + b_V`` again beside ``dy = g W_O`` and from both, in one pass,
-``dv``, the gated values, and the sums over tokens that give ``dc`` and the biases' gradients.
-``weight_grad_kernel`` is ``a^T b`` over all tokens, split over programs; the parts are added in a fixed
-order. torch's products would need copies for layouts in which tokens or images lie apart.
+``value_gate_bwd_kernel`` makes ``v = x W_V^T + b_V`` again beside ``dy = g W_O`` and from both, in
+one pass, ``dv``, the gated values, and the sums over tokens that give ``dc`` and the gradients of
+the biases. ``weight_grad_kernel`` is ``a^T b`` over all tokens, split over programs; the parts are
+added in a fixed order. torch's products would need copies where tokens or images lie apart.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ _VARYING = (
     "slices",
     "splits",
     "split_tiles",
-    "values",
     "row_size",
     "a_strides",
     "b_strides",

@@ -1,9 +1,9 @@
 # mypy: disallow-untyped-defs=False
-"""Scores, softmax and context of the fused layer: ``p = softmax(x' w_I + b_I)``, its dropout ``p~``,
-``xbar = sum_n p~_n x'_n``, ``sigma = sum_n p~_n`` and ``c = W_K xbar + sigma b_K``.
+"""Scores, softmax and context of the fused layer: ``p = softmax(x' w_I + b_I)``, after dropout
+``p~``, ``xbar = sum_n p~_n x'_n``, ``sigma = sum_n p~_n`` and ``c = W_K xbar + sigma b_K``.
 
-Short slices do this inside :mod:`sep_attn.triton_kernels.fused`, from the device functions here. For
-the others the tokens of a band are split over programs (one read of x'), and a second kernel
+Short slices do this inside :mod:`sep_attn.triton_kernels.fused`, from the device functions here.
+For the others the tokens of a band are split over programs (one read of x'), and a second kernel
 combines the parts in a fixed order and applies W_K. Backward reads x' once more.
 """
 
