@@ -1,8 +1,8 @@
 """The fused layer on the Triton backend: every path of it, tiles, tables, offsets and streams.
 
-Without a GPU the kernels run in Triton's interpreter. That each option of the layer agrees with the
-oracle on the path which its size takes is the matter of test_layer.py; here small tiles and a forced
-path put every kernel to work on every layout.
+Without a GPU the kernels run in Triton's interpreter. That each option of the layer agrees with
+the oracle on the path which its size takes is the matter of test_layer.py; here small tiles and a
+forced path put every kernel to work on every layout.
 """
 
 from __future__ import annotations
@@ -108,9 +108,7 @@ def test_every_kernel_in_small_tiles(
     for path in ("long", "wide"):
         take_path(path, monkeypatch)
         for name, result in forward(case, inputs).items():
-            torch.testing.assert_close(
-                result, expected[name], rtol=1e-5, atol=1e-5, msg=lambda text: f"{path}: {text}"
-            )
+            torch.testing.assert_close(result, expected[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("path, case", zip(PATHS, (CASES[5], CASES[8], CASES[4]), strict=True))
@@ -174,7 +172,7 @@ def test_masked_memory_is_never_felt(
         x_prev = leaves["x_prev"].masked_fill(mask[..., None], fill).detach().requires_grad_()
         arguments = call(leaves, x_prev=x_prev, mask=mask)
         out, weights, _ = ops.separable_attention("triton", *arguments)
-        grads = torch.autograd.grad(out.square().sum(), [*leaves.values()][:-1] + [x_prev])
+        grads = torch.autograd.grad(out.square().sum(), [*list(leaves.values())[:-1], x_prev])
         results.append((out, weights, *grads))
     for clean, poisoned in zip(*results, strict=True):
         assert torch.equal(clean, poisoned) and clean.isfinite().all()
@@ -186,7 +184,7 @@ def test_masked_memory_is_never_felt(
 def test_offsets_past_two_to_the_31(
     far_axis: int, path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The batch, token or channel stride leads past the reach of 32 bits, in x and in a gradient."""
+    """The batch, token or channel stride leads past the reach of 32 bits."""
     take_path(path, monkeypatch)
     shape = [3, 4, 5]
     shape[far_axis] = 2
@@ -279,9 +277,9 @@ def test_tiles_hold_every_token_once(tokens: int, bands: int, groups: int) -> No
     cut = tiles.tiling(grid, 64)
     rows = 64 // cut.bands
     assert cut.slices == cut.bands * groups
-    assert cut.bands == 1 or (cut.per_band == 1 and rows >= max(grid.tokens, 16))
-    assert cut.per_band * rows >= grid.tokens > (cut.per_band - 1) * rows
-    assert cut.count // cut.per_band * cut.bands >= bands
+    assert cut.bands == 1 or (cut.band_tiles == 1 and rows >= max(grid.tokens, 16))
+    assert cut.band_tiles * rows >= grid.tokens > (cut.band_tiles - 1) * rows
+    assert cut.tiles // cut.band_tiles * cut.bands >= bands
 
 
 @pytest.mark.parametrize("channels", range(1, 520, 7))

@@ -156,9 +156,9 @@ class Operands:
             self.strides |= strides
         for _, grid, given in sides:
             for name in given:
-                strides = self.strides.get(name, ())
-                if len(strides) == 6:
-                    self.layouts[name] = memory_layout(call.itemsize, grid, strides, self.uniform)
+                own = self.strides.get(name, ())
+                if len(own) == 6:
+                    self.layouts[name] = memory_layout(call.itemsize, grid, own, self.uniform)
 
     def of_call(self, grid: TokenGrid) -> dict[str, Any]:
         """What every kernel is told."""
@@ -172,7 +172,7 @@ class Operands:
             "GROUPS": grid.groups,
         }
 
-    def of_tensors(self, tensors: bool = True, **operands: str) -> dict[str, Any]:
+    def of_tensors(self, **operands: str) -> dict[str, Any]:
         """Strides, and the layout where an operand has channels, by the names of a kernel."""
         arguments: dict[str, Any] = {}
         for name, operand in operands.items():
@@ -195,8 +195,8 @@ def _tiles_of(operands: Operands, grid: TokenGrid, block_tokens: int) -> dict[st
     cut = tiling(grid, block_tokens)
     return {
         "bands": grid.bands,
-        "tiles": cut.count,
-        "band_tiles": cut.per_band,
+        "tiles": cut.tiles,
+        "band_tiles": cut.band_tiles,
         "BANDS": cut.bands,
         "BLOCK_N": block_tokens,
     }
@@ -363,6 +363,7 @@ def _forward(
     act: str,
     patch_h: int,
     patch_w: int,
+    *,
     keep_weights: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     source = x if x_prev is None else x_prev
@@ -478,14 +479,14 @@ def separable_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: more tokens a slice, or more channels, than the kernels count.
     """
-    out, weights, statistics = _forward(*arguments, True)
+    out, weights, statistics = _forward(*arguments, keep_weights=True)
     assert weights is not None
     return out, weights, statistics
 
 
 def separable_attention_inference(*arguments: Any) -> Tensor:
     """The output alone; see :func:`separable_attention`."""
-    return _forward(*arguments, False)[0]
+    return _forward(*arguments, keep_weights=False)[0]
 
 
 def _weight_grad(call: Call, operands: Operands, a: str, b: str) -> tuple[int, Launch]:

@@ -4,7 +4,7 @@ A kernel's configuration depends on the architecture, on the size of a value and
 number of tokens. ``TABLES[architecture][kernel]`` holds rows ``D up to: (tokens, columns, warps,
 stages)`` for values of 2 bytes and, under ``<kernel>.float32``, for values of 4. A ``None`` row
 holds for every larger D; an architecture without a table, or a kernel without rows in it, takes the
-rows of ``OTHER``. :func:`every_config` lists all that can be picked, for reports and offline tuning.
+rows of ``OTHER``. :func:`every_config` lists all that can be picked, for reports and tuning.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-# Channels up to which a program holds whole tokens (x, and the sums of the output), by the size of a
-# value in bytes; above it the products are cut along their columns and the gated values pass through
+# Channels up to which a program holds whole tokens (x, and the sums of the output), by the size of
+# a value in bytes; above it products are cut along their columns and gated values pass through
 # memory. Without tensor cores 4 bytes a value leave room for so few tokens that reading the weights
 # would cost more than the pass saves.
 MOST_FUSED_CHANNELS = {2: 512, 4: 64}

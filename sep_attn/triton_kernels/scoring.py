@@ -1,4 +1,4 @@
-# mypy: disallow-untyped-defs=False
+# mypy: disallow-untyped-defs=False, disable-error-code=assignment
 """Scores, softmax and context of the fused layer: ``p = softmax(x' w_I + b_I)``, after dropout
 ``p~``, ``xbar = sum_n p~_n x'_n``, ``sigma = sum_n p~_n`` and ``c = W_K xbar + sigma b_K``.
 

@@ -1,4 +1,4 @@
-# mypy: disallow-untyped-defs=False
+# mypy: disallow-untyped-defs=False, disable-error-code=assignment
 """Tiles of whole tokens, as every kernel of the fused layer sees them.
 
 A tile has BLOCK_N rows, one a token, and D channels in pieces (*chunks*) whose widths are powers of
@@ -9,7 +9,7 @@ slices; slice ``s`` of the call is slot ``s % SLICES`` of tile ``s // SLICES``.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -28,16 +28,12 @@ FEWEST_ROWS = 16
 
 
 class Tiling(NamedTuple):
-    """How a call's tokens are cut: ``count`` tiles, ``per_band`` of them a band."""
+    """How a call's tokens are cut: ``tiles`` in all, ``band_tiles`` of them a band."""
 
-    count: int
-    per_band: int
+    tiles: int
+    band_tiles: int
     bands: int  # side by side in a tile
     slices: int  # in a tile
-
-    def arguments(self) -> dict[str, Any]:
-        """What kernels are told about the tiling."""
-        return {"tiles": self.count, "band_tiles": self.per_band, "BANDS": self.bands}
 
 
 def tiling(grid: TokenGrid, block_tokens: int) -> Tiling:
@@ -46,9 +42,9 @@ def tiling(grid: TokenGrid, block_tokens: int) -> Tiling:
     while rows // 2 >= max(grid.tokens, FEWEST_ROWS):
         rows //= 2
     bands = block_tokens // rows
-    per_band = triton.cdiv(grid.tokens, rows)
-    count = triton.cdiv(grid.bands, bands) * per_band
-    return Tiling(count, per_band, bands, bands * grid.groups)
+    band_tiles = triton.cdiv(grid.tokens, rows)
+    tiles = triton.cdiv(grid.bands, bands) * band_tiles
+    return Tiling(tiles, band_tiles, bands, bands * grid.groups)
 
 
 @triton.constexpr_function
