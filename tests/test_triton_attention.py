@@ -263,8 +263,7 @@ def test_float32_is_rounded_to_tf32_only_where_torch_allows_it(allowed: str, exp
     ],
 )
 def test_path(shape: tuple[int, int, int], dtype: torch.dtype, path: str) -> None:
-    batch, tokens, channels = shape
-    strides = (tokens * channels, channels, 1)
+    strides = (shape[1] * shape[2], shape[2], 1)
     given = attention.Call("sm_90", dtype, shape, shape, 1, 1, "relu", "ieee")
     assert attention._plan_forward(given, strides, strides, None, None, strides).path == path
 
