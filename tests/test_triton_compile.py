@@ -35,6 +35,7 @@ LAYER_KERNELS = {
     "value_gate_output_fwd_kernel",
     "token_product_kernel",
     "value_gate_bwd_kernel",
+    "value_gate_weights_bwd_kernel",
     "source_bwd_kernel",
     "weight_grad_kernel",
     "sum_parts_kernel",

@@ -11,9 +11,10 @@
           bias, activation and gate as its epilogue, output product (:mod:`products`): 5 N D e
 ========= =========================================================================================
 
-Backward is the same for all: value and gate (:mod:`products`), sums and products of one row a slice
-(torch), scores (:mod:`scoring`), the product that gives dx with the pool's terms as its epilogue,
-and the two gradients of weights: 11 N D e, of which each is read or written by one kernel only.
+Backward is the same for all: value and gate, and the gradients of both weights, in one kernel up to
+``MOST_FUSED_BACKWARD_CHANNELS`` (:mod:`fused`), else in one and two (:mod:`products`); sums and
+products of one row a slice (torch); scores (:mod:`scoring`); and the product that gives dx, with
+the pool's terms as its epilogue. 3 or 8, and 1, and 2 N D e.
 
 float64 is served by :mod:`pooling`, :mod:`gating` and torch's products
 (:mod:`sep_attn.functional`): tensor cores have no use for its accuracy.
@@ -32,6 +33,7 @@ from torch import Tensor
 from sep_attn.layout import num_channels, token_shape, token_view
 from sep_attn.triton_kernels import fused, products, scoring
 from sep_attn.triton_kernels.configs import (
+    MOST_FUSED_BACKWARD_CHANNELS,
     MOST_FUSED_CHANNELS,
     Config,
     architecture,
@@ -511,11 +513,39 @@ def _weight_grad(call: Call, operands: Operands, a: str, b: str) -> tuple[int, L
     return splits, Launch(products.weight_grad_kernel, blocks * splits, arguments)
 
 
+def _value_gate_weights(call: Call, operands: Operands) -> tuple[int, Launch]:
+    """Into how many parts the tokens are split, and the launch."""
+    config = call.config("value_gate_weights_bwd_kernel", operands.channels)
+    tiles = _tiles_of(operands, operands.grid, config.tokens)
+    block = min(config.columns, _padded(operands.channels))
+    columns = triton.cdiv(operands.channels, block)
+    most_splits = max(1, min(tiles["tiles"], WEIGHT_PROGRAMS // columns))
+    split_tiles = triton.cdiv(tiles["tiles"], most_splits)
+    splits = triton.cdiv(tiles["tiles"], split_tiles)
+    arguments = {
+        **operands.of_call(operands.grid),
+        **operands.of_tensors(grad_out="grad_out", x="x", grad_v="like"),
+        **tiles,
+        **_options(config),
+        "split_tiles": split_tiles,
+        "slices": operands.slices,
+        "CHUNKS": chunk_widths(operands.channels),
+        "ACT": call.act,
+        "PRECISION": call.precision,
+        "BLOCK_E": block,
+    }
+    return splits, Launch(fused.value_gate_weights_bwd_kernel, columns * splits, arguments)
+
+
 class BackwardPlan(NamedTuple):
+    """The launches of a backward pass. ``weights`` does the work of ``values``, ``out_weight`` and
+    ``value_weight`` in one, where a program can hold what that takes."""
+
     values: Launch
-    weight_splits: int
     out_weight: Launch
     value_weight: Launch
+    weight_splits: int
+    weights: Launch | None
     source: Launch
     input: Launch
 
@@ -563,7 +593,12 @@ def _plan_backward(
         products.value_gate_bwd_kernel, tiles["tiles"] * triton.cdiv(channels, columns), values
     )
 
-    splits, out_weight = _weight_grad(call, operands, "grad_out", "like")
+    weights_launch = None
+    if channels <= MOST_FUSED_BACKWARD_CHANNELS[call.itemsize]:
+        splits, weights_launch = _value_gate_weights(call, operands)
+    else:
+        splits, _ = _weight_grad(call, operands, "grad_out", "like")
+    _, out_weight = _weight_grad(call, operands, "grad_out", "like")
     _, value_weight = _weight_grad(call, operands, "like", "x")
 
     config = call.config("source_bwd_kernel", channels)
@@ -591,9 +626,10 @@ def _plan_backward(
     )
     return BackwardPlan(
         values_launch,
-        splits,
         out_weight,
         value_weight,
+        splits,
+        weights_launch,
         source_launch,
         _product(call, operands, "like", "like", "bias" if separate else "pool", False),
     )
@@ -657,7 +693,6 @@ def separable_attention_backward(
     qkv_weight, out_weight = qkv_weight.contiguous(), out_weight.contiguous()
     qkv_bias = None if qkv_bias is None else qkv_bias.contiguous()
     grad_v = torch.empty_like(x)
-    gated = torch.empty_like(x) if need_weight_grad else None
     plan = _plan_backward(
         call_of(x, source, act, patch_h, patch_w),
         x_prev is not None,
@@ -669,22 +704,39 @@ def separable_attention_backward(
         weights.stride(),
         None if grad_weights is None else grad_weights.stride(),
     )
-    arguments = plan.values.arguments
-    slots = arguments["BANDS"] * arguments["GROUPS"]
-    tiles, band_tiles = arguments["tiles"], arguments["band_tiles"]
+    # All in one launch, or the gated values pass through memory to the weights' gradients.
+    at_once = plan.weights if need_weight_grad else None
+    first = at_once or plan.values
+    slots = first.arguments["BANDS"] * first.arguments["GROUPS"]
+    tiles, band_tiles = first.arguments["tiles"], first.arguments["band_tiles"]
     partial = statistics.new_empty((tiles, slots + 2, channels))
+    value_tensors = {
+        "grad_out_ptr": grad_out,
+        "x_ptr": x,
+        "qkv_weight_ptr": qkv_weight,
+        "qkv_bias_ptr": qkv_bias,
+        "out_weight_ptr": out_weight,
+        "statistics_ptr": statistics,
+        "grad_v_ptr": grad_v,
+        "partial_ptr": partial,
+    }
     with on_device(x.device):
-        plan.values(
-            grad_out_ptr=grad_out,
-            x_ptr=x,
-            qkv_weight_ptr=qkv_weight,
-            qkv_bias_ptr=qkv_bias,
-            out_weight_ptr=out_weight,
-            statistics_ptr=statistics,
-            gated_ptr=gated,
-            grad_v_ptr=grad_v,
-            partial_ptr=partial,
-        )
+        if at_once is not None:
+            weight_partial = statistics.new_empty((plan.weight_splits, 2, channels, channels))
+            at_once(weight_partial_ptr=weight_partial, **value_tensors)
+            both_grads = x.new_empty((2, channels, channels))
+            _sum_parts(weight_partial, both_grads)
+            grad_qkv_weight[1 + channels :].copy_(both_grads[0].T)
+            grad_out_weight.copy_(both_grads[1])
+        else:
+            gated = torch.empty_like(x) if need_weight_grad else None
+            plan.values(gated_ptr=gated, **value_tensors)
+            if gated is not None:
+                weight_partial = statistics.new_empty((plan.weight_splits, channels, channels))
+                plan.out_weight(a_ptr=grad_out, b_ptr=gated, partial_ptr=weight_partial)
+                _sum_parts(weight_partial, grad_out_weight)
+                plan.value_weight(a_ptr=grad_v, b_ptr=x, partial_ptr=weight_partial)
+                _sum_parts(weight_partial, grad_qkv_weight[1 + channels :])
         # Per slice, [S, D] and smaller: torch's sums and products, in float32.
         grad_context = partial[:, :slots].unflatten(0, (-1, band_tiles)).sum(1)
         grad_context = grad_context.flatten(0, 1)[:slices]  # [S, D]
@@ -727,14 +779,7 @@ def separable_attention_backward(
                     "dropout_p": dropout_p,
                 }
             _multiply(plan.input, grad_v, qkv_weight[1 + channels :], None, grad_x, **of_pool)
-        if gated is not None:
-            weight_partial = statistics.new_empty((plan.weight_splits, channels, channels))
-            for launch, a, b, grad in (
-                (plan.out_weight, grad_out, gated, grad_out_weight),
-                (plan.value_weight, grad_v, x, grad_qkv_weight[1 + channels :]),
-            ):
-                launch(a_ptr=a, b_ptr=b, partial_ptr=weight_partial)
-                _sum_parts(weight_partial, grad)
+        if need_weight_grad:
             biases = partial[:, slots:].sum(0)  # [2, D]
             grad_out_bias.copy_(biases[1])
             grad_qkv_bias[1 + channels :].copy_(biases[0])

@@ -20,6 +20,8 @@ import torch
 # memory. Without tensor cores 4 bytes a value leave room for so few tokens that reading the weights
 # would cost more than the pass saves.
 MOST_FUSED_CHANNELS = {2: 512, 4: 64}
+# The same for the backward that holds sums of both weights' gradients as well.
+MOST_FUSED_BACKWARD_CHANNELS = {2: 256, 4: 0}
 
 
 class Config(NamedTuple):
@@ -71,6 +73,7 @@ OTHER: Mapping[str, Rows] = {
     "token_product_kernel.float32": {None: (64, 32, 4, 2)},
     "value_gate_bwd_kernel": {None: (64, 32, 4, 1)},
     "value_gate_bwd_kernel.float32": {None: (32, 32, 4, 1)},
+    "value_gate_weights_bwd_kernel": {128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
     "weight_grad_kernel": {None: (32, 64, 4, 2)},
     "weight_grad_kernel.float32": {None: (16, 64, 4, 2)},
     "source_bwd_kernel": _POOL,
@@ -97,6 +100,7 @@ SM_90: Mapping[str, Rows] = {
     "value_gate_output_fwd_kernel": _FUSED_SM_90,
     "token_product_kernel": {64: (128, 64, 4, 3), None: (128, 128, 8, 3)},
     "value_gate_bwd_kernel": {None: (128, 64, 8, 3)},
+    "value_gate_weights_bwd_kernel": {64: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
     "weight_grad_kernel": {None: (64, 128, 8, 3)},
     "source_bwd_kernel": _POOL_SM_90,
     "token_product_kernel.float32": {None: (128, 64, 8, 3)},

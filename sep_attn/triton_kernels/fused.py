@@ -1,11 +1,14 @@
 # mypy: disallow-untyped-defs=False, disable-error-code=assignment
-"""Forward of the whole layer where a program can hold whole tokens (``MOST_FUSED_CHANNELS``).
+"""The whole layer where a program can hold whole tokens (``MOST_FUSED_CHANNELS``).
 
 A tile of x is multiplied by W_V, a few columns at a time; these are gated in registers and
 multiplied by W_O into sums that never leave them: the gated values do not pass through memory.
 Short slices run the scores, the
 softmax and the context in the same launch: x is read from memory once (the second time from a
 cache) and out is written once.
+
+In backward a program keeps a few columns of W_V and W_O and the sums of both gradients for them,
+and goes over tiles of x and of the output's gradient, from which it makes values and gate again.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from sep_attn.triton_kernels.tiles import (
     chunk_width,
     draw_dropout,
     load_bias,
+    load_columns,
     load_slice_columns,
     load_tokens,
     load_weight,
@@ -42,6 +46,9 @@ _VARYING = (
     "band_tiles",
     "pool_tiles",
     "slices",
+    "split_tiles",
+    "grad_out_strides",
+    "grad_v_strides",
     "x_strides",
     "source_strides",
     "mask_strides",
@@ -496,3 +503,159 @@ def slice_fwd_kernel(
             BLOCK_N,
             BLOCK_E,
         )
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def value_gate_weights_bwd_kernel(
+    grad_out_ptr,
+    grad_out_strides,
+    x_ptr,
+    x_strides,
+    qkv_weight_ptr,  # [1 + 2 D, D]
+    qkv_bias_ptr,
+    out_weight_ptr,  # [D, D]
+    statistics_ptr,  # [S, 2 D + 1]: pooled | context | sum of the dropped weights
+    grad_v_ptr,
+    grad_v_strides,
+    partial_ptr,  # [tiles, SLICES + 2, D]: gradient of each context | of b_V | of b_O
+    weight_partial_ptr,  # [splits, 2, D, D]: gradient of W_V | of W_O, transposed both
+    bands,
+    tokens,
+    width,
+    patch_h,
+    patch_w,
+    tiles,
+    band_tiles,
+    split_tiles,
+    slices,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    GRAD_OUT_LAYOUT: tl.constexpr,
+    X_LAYOUT: tl.constexpr,
+    GRAD_V_LAYOUT: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    BANDS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    WORD: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+    SLICES: tl.constexpr = BANDS * GROUPS
+    EVEN_E: tl.constexpr = D % BLOCK_E == 0
+    # Says to the compiler that rows hold whole groups, and that wide runs hold whole words.
+    width = width // GROUPS * GROUPS
+    if X_LAYOUT == "tokens_wide" or GRAD_OUT_LAYOUT == "tokens_wide":
+        tokens = tokens // WORD * WORD
+        width = width // WORD * WORD
+    # Columns change fastest: the programs of a split read the same tokens, from the cache.
+    columns = tl.cdiv(D, BLOCK_E)
+    i_split = tl.program_id(0) // columns
+    e = tl.program_id(0) % columns * BLOCK_E + tl.arange(0, BLOCK_E)  # [BLOCK_E]
+    slots = row_slots(BANDS, GROUPS, BLOCK_N)
+    value_weights = ()
+    out_weights = ()
+    grad_value_weights = ()
+    grad_out_weights = ()
+    for i in tl.static_range(len(CHUNKS)):
+        d = chunk_channels(CHUNKS, i)
+        value_weight = load_weight(
+            qkv_weight_ptr + (1 + D) * D, e, d, D, EVEN_E, chunk_even(CHUNKS, i, D)
+        )  # [BLOCK_E, width]
+        value_weights = value_weights + (value_weight,)
+        out_weight = load_weight(
+            out_weight_ptr, d, e, D, chunk_even(CHUNKS, i, D), EVEN_E
+        )  # [width, BLOCK_E]
+        out_weights = out_weights + (out_weight,)
+        zeros = tl.zeros((chunk_width(CHUNKS, i), BLOCK_E), tl.float32)
+        grad_value_weights = grad_value_weights + (zeros,)
+        grad_out_weights = grad_out_weights + (zeros,)
+    value_bias = tl.zeros((BLOCK_E,), tl.float32)
+    if qkv_bias_ptr is not None:
+        value_bias = load_bias(qkv_bias_ptr + 1 + D, e, D)
+
+    first_tile = i_split * split_tiles
+    for i in tl.range(0, tl.minimum(split_tiles, tiles - first_tile)):
+        i_tile = first_tile + i
+        band, n, inside = tile_rows(i_tile, band_tiles, bands, tokens, BANDS, BLOCK_N)
+        rows = row_offsets(band, n, x_strides, width, patch_h, patch_w, UNIFORM, X_LAYOUT, WORD)
+        x = load_tokens(x_ptr, rows, inside, x_strides, D, CHUNKS, X_LAYOUT, WORD)
+        grad_rows = row_offsets(
+            band, n, grad_out_strides, width, patch_h, patch_w, UNIFORM, GRAD_OUT_LAYOUT, WORD
+        )
+        grad_out = load_tokens(
+            grad_out_ptr, grad_rows, inside, grad_out_strides, D, CHUNKS, GRAD_OUT_LAYOUT, WORD
+        )
+        v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+        grad_gated = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+        for i in tl.static_range(len(CHUNKS)):
+            v = tl.dot(x[i], value_weights[i].T, v, input_precision=PRECISION)
+            grad_gated = tl.dot(grad_out[i], out_weights[i], grad_gated, input_precision=PRECISION)
+        v += value_bias[None, :]
+        context = load_slice_columns(
+            statistics_ptr + D,
+            2 * D + 1,
+            i_tile // band_tiles * SLICES,
+            slices,
+            slots,
+            e,
+            D,
+            SLICES,
+            True,
+        )  # [BLOCK_N or 1, BLOCK_E]
+        active = activate(v, ACT)
+        grad_v = grad_gated * context
+        if ACT == "relu":
+            grad_v = tl.where(v <= 0.0, 0.0, grad_v)
+        stored_grad_v = grad_v.to(x_ptr.dtype.element_ty)
+        rows = row_offsets(
+            band, n, grad_v_strides, width, patch_h, patch_w, UNIFORM, GRAD_V_LAYOUT, WORD
+        )
+        store_columns(
+            grad_v_ptr,
+            stored_grad_v,
+            rows,
+            inside,
+            e,
+            grad_v_strides,
+            D,
+            EVEN_E,
+            GRAD_V_LAYOUT,
+            WORD,
+        )
+        tile_ptr = partial_ptr + i_tile.to(tl.int64) * ((SLICES + 2) * D)
+        grad_context = grad_gated * active
+        for slot in tl.static_range(SLICES):
+            own = grad_context
+            if SLICES > 1:
+                own = tl.where((slots == slot)[:, None], grad_context, 0.0)
+            tl.store(tile_ptr + slot * D + e, tl.sum(own, axis=0), mask=e < D)
+        tl.store(tile_ptr + SLICES * D + e, tl.sum(grad_v, axis=0), mask=e < D)
+        own_columns = load_columns(
+            grad_out_ptr, grad_rows, inside, e, grad_out_strides, D, EVEN_E, GRAD_OUT_LAYOUT, WORD
+        )
+        grad_bias = tl.sum(own_columns.to(tl.float32), axis=0)
+        tl.store(tile_ptr + (SLICES + 1) * D + e, grad_bias, mask=e < D)
+
+        # Rows beyond the tokens hold act(b_V), but their x and gradients are 0.
+        gated = (active * context).to(x_ptr.dtype.element_ty)
+        new_value_weights = ()
+        new_out_weights = ()
+        for i in tl.static_range(len(CHUNKS)):
+            new_value_weights = new_value_weights + (
+                tl.dot(x[i].T, stored_grad_v, grad_value_weights[i], input_precision=PRECISION),
+            )
+            new_out_weights = new_out_weights + (
+                tl.dot(grad_out[i].T, gated, grad_out_weights[i], input_precision=PRECISION),
+            )
+        grad_value_weights = new_value_weights
+        grad_out_weights = new_out_weights
+
+    weight_partial_ptr += i_split.to(tl.int64) * (2 * D * D)
+    for i in tl.static_range(len(CHUNKS)):
+        d = chunk_channels(CHUNKS, i)
+        mask = (d < D)[:, None] & (e < D)[None, :]
+        offsets = d[:, None] * D + e[None, :]
+        tl.store(weight_partial_ptr + offsets, grad_value_weights[i], mask=mask)
+        tl.store(weight_partial_ptr + D * D + offsets, grad_out_weights[i], mask=mask)
