@@ -99,7 +99,11 @@ SM_90: Mapping[str, Rows] = {
     "value_gate_output_fwd_kernel": _FUSED_SM_90,
     "token_product_kernel": {64: (128, 64, 4, 3), None: (128, 128, 8, 3)},
     "value_gate_bwd_kernel": {None: (128, 64, 8, 3)},
-    "value_gate_weights_bwd_kernel": {64: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
+    "value_gate_weights_bwd_kernel": {
+        32: (64, 32, 8, 3),
+        64: (128, 32, 8, 3),
+        256: (64, 32, 8, 2),
+    },
     "weight_grad_kernel": {None: (64, 128, 8, 3)},
     "source_bwd_kernel": {
         64: (64, 0, 4, 3),
