@@ -118,23 +118,19 @@ def separable_attention(
                 patch_size=patch_size,
                 need_weights=need_weights,
             )
-        arguments = (
-            x,
-            x_prev,
-            qkv_weight,
-            qkv_bias,
-            out_weight,
-            out_bias,
-            key_padding_mask,
-            reference.dropout_scale(source, dropout_p) if dropout_p > 0.0 else None,
-            value_act,
-            patch_h,
-            patch_w,
-        )
-        if chosen == "triton":
+        tensors = (x, x_prev, qkv_weight, qkv_bias, out_weight, out_bias)
+        if chosen == "triton" and x.dtype != torch.float64:
+            dropout: tuple[Tensor | float | None, ...] = (None, 0.0)
+            if dropout_p > 0.0:  # the kernels draw, and backward draws the same again
+                dropout = (torch.randint(2**31 - 1, (1,), device=device), dropout_p)
+        else:
+            dropout = (reference.dropout_scale(source, dropout_p) if dropout_p > 0.0 else None,)
+        arguments = (*tensors, key_padding_mask, *dropout, value_act, patch_h, patch_w)
+        if chosen == "triton" and x.dtype == torch.float64:
             out, weights = _pooled_form(*arguments)
-        elif (differentiated := _differentiated(arguments[:6])) or need_weights:
-            out, weights, *_ = ops.separable_attention(chosen, *arguments, differentiated)
+        elif (differentiated := _differentiated(tensors)) or need_weights:
+            kept = () if chosen == "triton" else (differentiated,)
+            out, weights, *_ = ops.separable_attention(chosen, *arguments, *kept)
         else:
             return ops.separable_attention_inference(chosen, *arguments)
         return (out, weights.to(x.dtype)) if need_weights else out
@@ -212,7 +208,8 @@ def _pooled_form(
     patch_h: int,
     patch_w: int,
 ) -> tuple[Tensor, Tensor]:
-    """The layer from Triton's pool and gate and torch's products: c = W_K pooled + sigma b_K."""
+    """The layer in float64 from Triton's pool and gate and torch's products, for which tensor cores
+    have no use: c = W_K pooled + sigma b_K."""
     source = x if x_prev is None else x_prev
     dim = qkv_weight.shape[1]
     score_weight, key_weight, value_weight = qkv_weight.split([1, dim, dim])

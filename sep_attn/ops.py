@@ -15,6 +15,14 @@ and *acc* is the accumulation dtype, float32, or float64 for float64.
                       empty (``for_backward``); ``_inference``: ``out``;
                       ``_packed``: ``out``, with packed weights kept in the caller's memory
 ==================== ===============================================================================
+
+``separable_attention`` differs between backends in one thing: the native one is given what
+attention dropout multiplies the weights by (``dropout_scale``), the Triton one a seed on the device
+and the probability, and draws the same twice.
+
+The Triton launchers are opaque to ``torch.compile`` on purpose. ``torch.library.triton_op`` would
+trace them with symbolic sizes; which kernels serve a call and how its tokens are split depends on
+the number of tokens, so every such choice would become a guard, and a new length a recompile.
 """
 
 from __future__ import annotations
@@ -25,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sep_attn import pooled, triton_kernels
+from sep_attn import pooled, reference, triton_kernels
 from sep_attn.layout import accumulate_dtype, keeps_values, num_channels, token_shape
 
 _library = torch.library.Library("sep_attn", "DEF")
@@ -209,19 +217,26 @@ def _separable_attention_fake(
     out_weight: Tensor,
     out_bias: Tensor | None,
     key_padding_mask: Tensor | None,
-    dropout_scale: Tensor | None,
+    dropout_seed: Tensor | None,
+    dropout_p: float,
     act: str,
     patch_h: int,
     patch_w: int,
-    for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     statistics = _per_slice(x, patch_h, patch_w, 2 * num_channels(x) + 1)
-    weights = _per_token(x if x_prev is None else x_prev)
-    values = weights.new_empty(0)
+    return torch.empty_like(x), _per_token(x if x_prev is None else x_prev), statistics
+
+
+def _separable_attention_native_fake(
+    x: Tensor, x_prev: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *tensors, act, patch_h, patch_w, for_backward = arguments
+    fake: Callable[..., Any] = _separable_attention_fake
+    results = fake(x, x_prev, *tensors, 0.0, act, patch_h, patch_w)
+    values = results[1].new_empty(0)
     if for_backward and keeps_values(x):
-        tokens = x.numel() // num_channels(x)
-        values = weights.new_empty((tokens, num_channels(x)))
-    return torch.empty_like(x), weights, statistics, values
+        values = values.new_empty((x.numel() // num_channels(x), num_channels(x)))
+    return *results, values
 
 
 def _separable_attention_inference_fake(x: Tensor, *arguments: Any) -> Tensor:
@@ -237,19 +252,9 @@ def _separable_attention_backward_fake(
     grad_weights: Tensor | None,
     x: Tensor,
     x_prev: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    out_weight: Tensor,
-    dropout_scale: Tensor | None,
-    weights: Tensor,
-    statistics: Tensor,
-    values: Tensor,
-    act: str,
-    patch_h: int,
-    patch_w: int,
-    need_input_grad: bool,
-    need_weight_grad: bool,
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
+    *_, need_input_grad, need_weight_grad = arguments
     dim = num_channels(x)
 
     def weight_grad(*shape: int) -> Tensor:
@@ -268,13 +273,13 @@ def _separable_attention_backward_fake(
 def _separable_attention_setup(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 ) -> None:
-    x, x_prev, qkv_weight, qkv_bias, out_weight, _, _, dropout_scale = inputs[:8]
-    ctx.act, ctx.patch_h, ctx.patch_w = inputs[8:11]
-    _, weights, statistics, values = output
+    x, x_prev, qkv_weight, qkv_bias, out_weight, _, _, dropout, *options = inputs
+    _, weights, statistics, *values = output
+    ctx.options = options[: len(options) - len(values)]  # all but for_backward
     ctx.save_for_backward(
-        x, x_prev, qkv_weight, qkv_bias, out_weight, dropout_scale, weights, statistics, values
+        x, x_prev, qkv_weight, qkv_bias, out_weight, dropout, weights, statistics, *values
     )
-    ctx.mark_non_differentiable(statistics, values)
+    ctx.mark_non_differentiable(statistics, *values)
     ctx.set_materialize_grads(False)
 
 
@@ -282,7 +287,7 @@ def _separable_attention_formula(backend: str) -> Callable[..., tuple[Tensor | N
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_weights: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, x_prev, qkv_weight, qkv_bias, out_weight, dropout_scale, *results = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
         if grad_out is None:
             grad_out = x.new_zeros(()).expand_as(x)
         needed = ctx.needs_input_grad[:6]
@@ -290,22 +295,15 @@ def _separable_attention_formula(backend: str) -> Callable[..., tuple[Tensor | N
             grad_out,
             grad_weights,
             x,
-            x_prev,
-            qkv_weight,
-            qkv_bias,
-            out_weight,
-            dropout_scale,
-            *results,
-            ctx.act,
-            ctx.patch_h,
-            ctx.patch_w,
+            *saved,
+            *ctx.options,
             any(needed[:2]),
             any(needed[2:]),
         )
         wanted: Sequence[Tensor | None] = [
             grad if need else None for grad, need in zip(grads, needed, strict=True)
         ]
-        return *wanted, None, None, None, None, None, None
+        return *wanted, *(None for _ in ctx.needs_input_grad[6:])
 
     return backward
 
@@ -326,33 +324,43 @@ _GATE_BACKWARD = (
     "(Tensor grad_y, Tensor v, Tensor context, str act, SymInt patch_h, SymInt patch_w)"
     " -> (Tensor grad_v, Tensor grad_context)"
 )
-_SEPARABLE_ATTENTION_ARGUMENTS = (
+_LAYER_TENSORS = (
     "Tensor x, Tensor? x_prev, Tensor qkv_weight, Tensor? qkv_bias, Tensor out_weight,"
-    " Tensor? out_bias, Tensor? key_padding_mask, Tensor? dropout_scale, str act,"
-    " SymInt patch_h, SymInt patch_w"
+    " Tensor? out_bias, Tensor? key_padding_mask"
 )
-_SEPARABLE_ATTENTION = (
-    f"({_SEPARABLE_ATTENTION_ARGUMENTS}, bool for_backward)"
-    " -> (Tensor out, Tensor weights, Tensor statistics, Tensor values)"
+_LAYER_BACKWARD_TENSORS = (
+    "Tensor grad_out, Tensor? grad_weights, Tensor x, Tensor? x_prev, Tensor qkv_weight,"
+    " Tensor? qkv_bias, Tensor out_weight"
 )
-_SEPARABLE_ATTENTION_INFERENCE = f"({_SEPARABLE_ATTENTION_ARGUMENTS}) -> Tensor"
-_SEPARABLE_ATTENTION_PACKED = (
+_LAYER_NEEDS = "bool need_input_grad, bool need_weight_grad"
+_LAYER_GRADIENTS = (
+    "(Tensor grad_x, Tensor grad_x_prev, Tensor grad_qkv_weight,"
+    " Tensor grad_qkv_bias, Tensor grad_out_weight, Tensor grad_out_bias)"
+)
+_LAYER_PACKED = (
     "(Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor out_weight, Tensor? out_bias,"
     " Tensor(a!) packed_weights, bool relu, int patch_h, int patch_w) -> Tensor"
 )
-_SEPARABLE_ATTENTION_BACKWARD = (
-    "(Tensor grad_out, Tensor? grad_weights, Tensor x, Tensor? x_prev, Tensor qkv_weight,"
-    " Tensor? qkv_bias, Tensor out_weight, Tensor? dropout_scale, Tensor weights,"
-    " Tensor statistics, Tensor values, str act, SymInt patch_h, SymInt patch_w,"
-    " bool need_input_grad, bool need_weight_grad) -> (Tensor grad_x, Tensor grad_x_prev,"
-    " Tensor grad_qkv_weight, Tensor grad_qkv_bias, Tensor grad_out_weight, Tensor grad_out_bias)"
-)
+_LAYER_DROPOUT = {"native": "Tensor? dropout_scale", "triton": "Tensor? dropout_seed"}
+_LAYER_OPTIONS = {
+    "native": "str act, SymInt patch_h, SymInt patch_w",
+    "triton": "float dropout_p, str act, SymInt patch_h, SymInt patch_w",
+}
+
+# What the native forward pass keeps besides: an option, a result, a tensor that backward takes.
+_LAYER_KEPT = {
+    "native": (", bool for_backward", ", Tensor values", ", Tensor values"),
+    "triton": ("", "", ""),
+}
+_LAYER_FAKE: dict[str, Callable[..., Any]] = {
+    "native": _separable_attention_native_fake,
+    "triton": _separable_attention_fake,
+}
 
 _POOL_AND_GATE = ("context_pool", "context_pool_backward", "gate", "gate_backward")
 _LAYER = (
     "separable_attention",
     "separable_attention_inference",
-    "separable_attention_packed",
     "separable_attention_backward",
 )
 
@@ -369,44 +377,47 @@ for _backend in ("native", "triton"):
     _differentiate(f"gate_{_backend}", _gate_setup, _gate_formula(_backend))
     _refuse_double_backward(f"gate_backward_{_backend}")
 
-_define("separable_attention_native", _SEPARABLE_ATTENTION, _separable_attention_fake)
-_define(
-    "separable_attention_inference_native",
-    _SEPARABLE_ATTENTION_INFERENCE,
-    _separable_attention_inference_fake,
-)
-_define(
-    "separable_attention_packed_native",
-    _SEPARABLE_ATTENTION_PACKED,
-    _separable_attention_packed_fake,
-)
-_define(
-    "separable_attention_backward_native",
-    _SEPARABLE_ATTENTION_BACKWARD,
-    _separable_attention_backward_fake,
-)
-_differentiate(
-    "separable_attention_native",
-    _separable_attention_setup,
-    _separable_attention_formula("native"),
-)
-_refuse_double_backward("separable_attention_backward_native")
+    dropout, options = _LAYER_DROPOUT[_backend], _LAYER_OPTIONS[_backend]
+    option, result, saved = _LAYER_KEPT[_backend]
+    _define(
+        f"separable_attention_{_backend}",
+        f"({_LAYER_TENSORS}, {dropout}, {options}{option})"
+        f" -> (Tensor out, Tensor weights, Tensor statistics{result})",
+        _LAYER_FAKE[_backend],
+    )
+    _define(
+        f"separable_attention_inference_{_backend}",
+        f"({_LAYER_TENSORS}, {dropout}, {options}) -> Tensor",
+        _separable_attention_inference_fake,
+    )
+    _define(
+        f"separable_attention_backward_{_backend}",
+        f"({_LAYER_BACKWARD_TENSORS}, {dropout}, Tensor weights, Tensor statistics{saved},"
+        f" {options}, {_LAYER_NEEDS}) -> {_LAYER_GRADIENTS}",
+        _separable_attention_backward_fake,
+    )
+    _differentiate(
+        f"separable_attention_{_backend}",
+        _separable_attention_setup,
+        _separable_attention_formula(_backend),
+    )
+    _refuse_double_backward(f"separable_attention_backward_{_backend}")
 
-_serve_with_triton("context_pool_triton", triton_kernels.context_pool)
-_serve_with_triton("context_pool_backward_triton", triton_kernels.context_pool_backward)
-_serve_with_triton("gate_triton", triton_kernels.gate)
-_serve_with_triton("gate_backward_triton", triton_kernels.gate_backward)
+_define("separable_attention_packed_native", _LAYER_PACKED, _separable_attention_packed_fake)
+
+for _name in (*_POOL_AND_GATE, *_LAYER):
+    _serve_with_triton(f"{_name}_triton", getattr(triton_kernels, _name))
 
 
 _OPERATORS: dict[tuple[str, str], Any] = {
     (name, backend): getattr(torch.ops.sep_attn, f"{name}_{backend}").default
-    for backend, names in (
-        ("native", (*_POOL_AND_GATE, *_LAYER)),
-        ("triton", _POOL_AND_GATE),
-    )
-    for name in names
+    for backend in ("native", "triton")
+    for name in (*_POOL_AND_GATE, *_LAYER)
 }
-# Not operators but functions of the same signatures: what takes their place in an exported program.
+_OPERATORS["separable_attention_packed", "native"] = (
+    torch.ops.sep_attn.separable_attention_packed_native.default
+)
+
 _POOLED_FORMS: dict[str, Any] = {
     "context_pool": pooled.context_pool,
     "gate": pooled.gate,
@@ -414,9 +425,26 @@ _POOLED_FORMS: dict[str, Any] = {
     "separable_attention_inference": pooled.separable_attention_inference,
     "separable_attention_packed": pooled.separable_attention_packed,
 }
+
+
+def _with_seed(name: str) -> Callable[..., Any]:
+    """A pooled form with the dropout of the Triton operators, and nothing kept for backward."""
+
+    def with_seed(*arguments: Any) -> Any:
+        *tensors, key_padding_mask, seed, dropout_p, act, patch_h, patch_w = arguments
+        source = tensors[0] if tensors[1] is None else tensors[1]
+        scale = None if seed is None else reference.dropout_scale(source, dropout_p)
+        options = (*tensors, key_padding_mask, scale, act, patch_h, patch_w)
+        if name == "separable_attention_inference":
+            return _POOLED_FORMS[name](*options)
+        return _POOLED_FORMS["separable_attention"](*options, False)[:3]
+
+    return with_seed
+
+
 DECOMPOSITIONS = {
-    operator: _POOLED_FORMS[name]
-    for (name, _), operator in _OPERATORS.items()
+    operator: _with_seed(name) if backend == "triton" and name in _LAYER else _POOLED_FORMS[name]
+    for (name, backend), operator in _OPERATORS.items()
     if name in _POOLED_FORMS
 }
 _OPERATORS |= {(name, "pooled"): function for name, function in _POOLED_FORMS.items()}

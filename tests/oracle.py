@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sep_attn import reference
-from sep_attn.layout import token_shape
+from sep_attn.layout import default_patch_size, token_shape
 
 FEW_VALUES = 64
 
@@ -179,6 +180,17 @@ def assert_as_good_as_plain(
         assert error <= 2.0 * allowed + 1e-5, f"{name}: {error:.3g} against plain {allowed:.3g}"
 
 
+def drawn_as(
+    backend: object, patch_h: int = 1, patch_w: int = 1
+) -> contextlib.AbstractContextManager[object]:
+    """Within it the reference draws its dropout as the fused layer of a backend does."""
+    if backend != "triton":
+        return contextlib.nullcontext()
+    from dropout import drawn_by_triton  # needs Triton
+
+    return drawn_by_triton(patch_h, patch_w)
+
+
 def check_layer(
     layer: Callable[..., Tensor | tuple[Tensor, Tensor]],
     case: Case,
@@ -189,8 +201,10 @@ def check_layer(
     """Runs ``layer`` on a case and holds it against the oracle; returns its results."""
     inputs = inputs_of(case, dtype, device)
     result = run(layer, case, inputs, **options)
-    plain = run(reference.separable_attention, case, inputs)
     in_float64 = {name: value.double() for name, value in inputs.items()}
-    oracle = run(reference.separable_attention, case, in_float64)
+    patch_size = case.patch_size or default_patch_size(inputs["x"])
+    with drawn_as("native" if dtype == torch.float64 else options["backend"], *patch_size):
+        plain = run(reference.separable_attention, case, inputs)
+        oracle = run(reference.separable_attention, case, in_float64)
     assert_as_good_as_plain(result, plain, oracle)
     return result

@@ -119,6 +119,15 @@ def layer_arguments_with_kept_values(device: torch.device, grad: bool = True) ->
     return layer_arguments(device, grad, dim=16)
 
 
+def triton_layer_arguments(
+    device: torch.device, grad: bool = True, dim: int = 6
+) -> tuple[Any, ...]:
+    *arguments, _, act, patch_h, patch_w, _ = layer_arguments(device, grad, dim)
+    seed = torch.randint(2**31 - 1, (1,), device=device)
+    return *arguments, seed, 0.2, act, patch_h, patch_w
+
+
+LAYERS = {"native": layer_arguments, "triton": triton_layer_arguments}
 FORWARDS = [
     ("context_pool", "native", pool_arguments),
     ("context_pool", "triton", pool_arguments),
@@ -126,6 +135,7 @@ FORWARDS = [
     ("gate", "triton", gate_arguments),
     ("separable_attention", "native", layer_arguments),
     ("separable_attention", "native", layer_arguments_with_kept_values),
+    ("separable_attention", "triton", triton_layer_arguments),
 ]
 
 
@@ -139,13 +149,16 @@ def test_opcheck(
     torch.library.opcheck(operator(name, backend), arguments(device, grad=False))
 
 
-def test_opcheck_of_inference() -> None:
-    backend_or_skip("native", torch.device("cpu"), torch.float32)
-    arguments = layer_arguments(torch.device("cpu"), grad=False)
-    inference = operator("separable_attention_inference", "native")
-    torch.library.opcheck(inference, arguments[:-1])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_inference(backend: str, device: torch.device) -> None:
+    device = device_of(backend, device)
+    backend_or_skip(backend, device, torch.float32)
+    arguments = LAYERS[backend](device, grad=False)
+    of_inference = arguments[:-1] if backend == "native" else arguments
+    inference = operator("separable_attention_inference", backend)
+    torch.library.opcheck(inference, of_inference)
     assert torch.equal(
-        inference(*arguments[:-1]), operator("separable_attention", "native")(*arguments)[0]
+        inference(*of_inference), operator("separable_attention", backend)(*arguments)[0]
     )
 
 
@@ -200,21 +213,30 @@ def test_opcheck_of_the_backwards(backend: str, device: torch.device) -> None:
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("need_input_grad", [False, True])
 @pytest.mark.parametrize("need_weight_grad", [False, True])
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("dim", [6, 16])
 def test_opcheck_of_the_layers_backward(
-    dim: int, cross: bool, need_weight_grad: bool, need_input_grad: bool
+    dim: int,
+    cross: bool,
+    need_weight_grad: bool,
+    need_input_grad: bool,
+    backend: str,
+    device: torch.device,
 ) -> None:
-    backend_or_skip("native", torch.device("cpu"), torch.float32)
-    arguments = list(layer_arguments(torch.device("cpu"), grad=False, dim=dim))
+    device = device_of(backend, device)
+    backend_or_skip(backend, device, torch.float32)
+    arguments = list(LAYERS[backend](device, grad=False, dim=dim))
     if not cross:
         arguments[1] = arguments[6] = arguments[7] = None
-    x, x_prev, qkv_weight, qkv_bias, out_weight, _, _, scale, *layout, _ = arguments
-    out, weights, statistics, values = operator("separable_attention", "native")(*arguments)
+    x, x_prev, qkv_weight, qkv_bias, out_weight, _, _, dropout, *options = arguments
+    if backend == "native":
+        options.pop()  # for_backward
+    out, weights, statistics, *values = operator("separable_attention", backend)(*arguments)
     torch.library.opcheck(
-        operator("separable_attention_backward", "native"),
+        operator("separable_attention_backward", backend),
         (
             torch.randn_like(out),
             torch.randn_like(weights),
@@ -223,18 +245,19 @@ def test_opcheck_of_the_layers_backward(
             qkv_weight,
             qkv_bias,
             out_weight,
-            scale,
+            dropout,
             weights,
             statistics,
-            values,
-            *layout,
+            *values,
+            *options,
             need_input_grad,
             need_weight_grad,
         ),
     )
 
 
-@pytest.mark.parametrize("name, backend, arguments", FORWARDS)
+# The Triton operator of the whole layer takes no float64.
+@pytest.mark.parametrize("name, backend, arguments", FORWARDS[:-1])
 def test_gradcheck(
     name: str, backend: str, arguments: Callable[..., tuple[Any, ...]], device: torch.device
 ) -> None:

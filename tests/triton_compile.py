@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -36,6 +37,7 @@ from sep_attn.layout import accumulate_dtype, num_channels, token_shape
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -117,13 +119,16 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, Any]:
         registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups()
         found["registers"] = int(registers)
         found["spilled"] = int(stack) + int(local)
-        access = re.findall(r"\b((?:LDG|STG)\.E[.\w]*)", assembly)
+        # LDGSTS: from global to shared memory, as pipelined loops load.
+        access = re.findall(r"\b((?:LDG|LDGSTS|STG)\.E[.\w]*)", assembly)
+        found["hgmma"] = assembly.count("HGMMA")
         bits = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
 
         def width(instruction: str) -> int:
             return next((bits[part] for part in instruction.split(".") if part in bits), 32)
     else:
         assembly = compiled.asm["amdgcn"]
+        found["hgmma"] = None
         found["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly).group(1))
         found["spilled"] = sum(
             int(count) for count in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", assembly)
@@ -208,6 +213,84 @@ def launch_all(case: CompileCase) -> None:
     triton_kernels.gate_backward(grad_y, x, context, case.act, *case.patch)
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerCase:
+    """A forward and a backward pass of the whole layer; ``path`` forces the kernels of a path."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    path: str = ""
+    memory: str = "contiguous"
+    patch: tuple[int, int] = (1, 1)
+    masked: bool = False
+    dropout: bool = False
+    cross: bool = False
+    grad_weights: bool = False
+    backward: bool = True
+
+    __str__ = CompileCase.__str__
+
+
+def launch_layer(case: LayerCase, target_name: str) -> None:
+    """Calls the launchers of the fused layer as they would be called on a GPU of this target."""
+    from sep_attn.triton_kernels import attention
+
+    x = in_memory(torch.zeros(case.shape, dtype=case.dtype), case.memory)
+    dim = num_channels(x)
+    mask = torch.zeros(token_shape(x), dtype=torch.bool) if case.masked else None
+    seed, dropout_p = (torch.zeros(1, dtype=torch.int64), 0.1) if case.dropout else (None, 0.0)
+    x_prev = torch.zeros_like(x) if case.cross else None
+    qkv_weight, out_weight = x.new_zeros(1 + 2 * dim, dim), x.new_zeros(dim, dim)
+    qkv_bias, out_bias = x.new_zeros(1 + 2 * dim), x.new_zeros(dim)
+    options = (dropout_p, "relu", *case.patch)
+    attention._plan_forward.cache_clear()
+    attention._plan_backward.cache_clear()
+    path_of = (lambda *_: case.path) if case.path else attention.path_of
+    with (
+        mock.patch.object(attention, "architecture", lambda _: target_name),
+        mock.patch.object(attention, "path_of", path_of),
+    ):
+        out, weights, statistics = attention.separable_attention(
+            x, x_prev, qkv_weight, qkv_bias, out_weight, out_bias, mask, seed, *options
+        )
+        if case.backward:
+            attention.separable_attention_backward(
+                out,
+                weights if case.grad_weights else None,
+                x,
+                x_prev,
+                qkv_weight,
+                qkv_bias,
+                out_weight,
+                seed,
+                weights,
+                statistics,
+                *options,
+                True,
+                True,
+            )
+
+
+def layer(dtype: torch.dtype) -> list[LayerCase]:
+    """Every kernel of the fused layer in the three layouts, and where registers are scarcest."""
+    return [
+        LayerCase((2, 2048, 128), dtype),
+        LayerCase((2, 192, 4, 256), dtype, "short", patch=(4, 1), masked=True, dropout=True),
+        LayerCase((2, 256, 8, 8), dtype, "short", patch=(2, 2), backward=False),
+        LayerCase((2, 512, 512), dtype, "short", backward=False),
+        LayerCase((2, 512, 512), dtype, "long", backward=False),
+        LayerCase((2, 256, 768), dtype, backward=False),
+    ]
+
+
+def layer_few(dtype: torch.dtype) -> list[LayerCase]:
+    """Every kernel of the fused layer once."""
+    return [
+        LayerCase((2, 2048, 128), dtype),
+        LayerCase((2, 64, 64), dtype, "short", backward=False),
+    ]
+
+
 def wide(dtype: torch.dtype) -> list[CompileCase]:
     """Layouts that are read in whole 16-byte words, one a width of tile; N is large enough for
     splits, so the combining kernels are launched too."""
@@ -240,16 +323,21 @@ def few(dtype: torch.dtype) -> list[CompileCase]:
     return [wide(dtype)[index] for index in (3, 4, 6)]
 
 
-CASES = {"wide": wide, "narrow": narrow, "few": few}
+CASES = {"wide": wide, "narrow": narrow, "few": few, "layer": layer, "layer_few": layer_few}
 
 
-def compile_cases(target_name: str, cases: Iterable[CompileCase]) -> Iterator[dict[str, Any]]:
+def compile_cases(
+    target_name: str, cases: Iterable[CompileCase | LayerCase]
+) -> Iterator[dict[str, Any]]:
     """Compiles every distinct kernel that the cases launch."""
     target = TARGETS[target_name]
     seen: set[Launch] = set()
     for case in cases:
         with recording(target) as launches:
-            launch_all(case)
+            if isinstance(case, LayerCase):
+                launch_layer(case, target_name)
+            else:
+                launch_all(case)
         for launch in launches:
             if launch in seen:
                 continue
@@ -262,16 +350,27 @@ def compile_cases(target_name: str, cases: Iterable[CompileCase]) -> Iterator[di
                 "kernel": launch.name,
                 "layouts": layouts,
                 "tile": [constexprs.get("BLOCK_N"), constexprs.get("BLOCK_D")],
+                "config": {
+                    name: value
+                    for name, value in constexprs.items()
+                    if name in ("D", "BANDS", "GROUPS") or name.startswith("BLOCK_")
+                },
+                "warps": launch.options["num_warps"],
+                "stages": launch.options["num_stages"],
+                "products": "PRECISION" in constexprs,
                 "itemsize": case.dtype.itemsize,
                 **resources(compile_launch(launch, target), target),
             }
 
 
-def count_variants(cases: Iterable[CompileCase]) -> dict[str, int]:
+def count_variants(cases: Iterable[CompileCase | LayerCase]) -> dict[str, int]:
     """How many kernels of each name the cases need together."""
     with recording(TARGETS["sm_90"]) as launches:
         for case in cases:
-            launch_all(case)
+            if isinstance(case, LayerCase):
+                launch_layer(case, "sm_90")
+            else:
+                launch_all(case)
     return dict(collections.Counter(launch.name for launch in set(launches)))
 
 

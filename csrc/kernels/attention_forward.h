@@ -18,6 +18,34 @@
 namespace sep_attn {
 namespace SEP_ATTN_CAPABILITY {
 
+// results[t] = sum_d weight[d] rows[t][d] for kTokens rows, which end in zeros: whole vectors.
+template <int kTokens, typename T>
+SEP_ATTN_INLINE void dot_tail(const T* weight, const T* rows, int64_t stride, int64_t channels,
+                              T* results) {
+  Vec<T> sums[kTokens];
+  SEP_ATTN_UNROLL
+  for (int t = 0; t < kTokens; ++t) sums[t] = zero<T>();
+  const auto add = [&](int64_t d, Vec<T> w) __attribute__((always_inline)) {
+    SEP_ATTN_UNROLL
+    for (int t = 0; t < kTokens; ++t) sums[t] += w * load(rows + t * stride + d);
+  };
+  int64_t d = 0;
+  for (; d + kLanes<T> <= channels; d += kLanes<T>) add(d, load(weight + d));
+  if (d < channels) add(d, load_first(weight + d, channels - d));
+  SEP_ATTN_UNROLL
+  for (int t = 0; t < kTokens; ++t) results[t] = reduce_sum<T>(sums[t]);
+}
+
+template <typename T, int kTokens = kLanes<T> / 2>
+SEP_ATTN_INLINE void dot_tail(int64_t tokens, const T* weight, const T* rows, int64_t stride,
+                              int64_t channels, T* results) {
+  if (tokens == kTokens) {
+    dot_tail<kTokens>(weight, rows, stride, channels, results);
+  } else if constexpr (kTokens > 1) {
+    dot_tail<T, kTokens - 1>(tokens, weight, rows, stride, channels, results);
+  }
+}
+
 template <typename S, Activation kActivation>
 class AttentionForwardPass {
   using T = Accumulate<S>;
@@ -96,6 +124,12 @@ class AttentionForwardPass {
     const int64_t wasted = round_up(tokens_, kLanes<T>) - tokens_;
     const bool cached = 2 * channels_ * channels_ * sizeof(S) <= 3 << 19;
     return tokens_ <= channels_ && (op_.packed_weights == nullptr || wasted <= (cached ? 8 : 16));
+  }
+
+  // The last tokens, where they are too few to fill the lanes of a vector.
+  int64_t tail_tokens() const {
+    const int64_t left = tokens_ % kLanes<T>;
+    return tokens_ > kLanes<T> && left <= kLanes<T> / 2 ? left : 0;
   }
 
   // ---- The steps ----
@@ -294,34 +328,42 @@ class AttentionForwardPass {
     }
   }
 
-  // Few tokens: workers share the rows of the weights, all tokens at once.
+  // Few tokens: workers share the rows of the weights, all tokens at once. A tail that would leave
+  // most lanes of its vector empty is kept as rows, whose channels fill the lanes instead.
   void run_lanes_by_rows() {
-    const int64_t panels = panels_in<T>(tokens_);
+    const Range tail = {tokens_ - tail_tokens(), tokens_};
+    const Range on_lanes = {0, tail.begin};
+    const int64_t panels = panels_in<T>(on_lanes.count());
     const int64_t panel_size = channels_ * kWidth;
     const int64_t blocks = (channels_ + kBlockRows - 1) / kBlockRows;
-    const int64_t parts = workers_ == 1 ? 1 : blocks;
-    const int64_t part_rows = workers_ == 1 ? channels_ : kBlockRows;
+    // A tail reads the weights again: block by block, while they are in cache.
+    const int64_t parts = workers_ == 1 && tail.count() == 0 ? 1 : blocks;
+    const int64_t part_rows = parts == 1 ? channels_ : kBlockRows;
+    const int64_t x_vectors = panels * kPanelVectors;
     const Buffer<T> lanes(2 * panels * panel_size);
+    const Buffer<T> tails(2 * tail.count() * padded_);
     const Buffer<T> value_lanes(op_.values == nullptr ? 0 : panels * panel_size);
     const Buffer<T> converted(converted_size());
-    const Buffer<T> worker_tiles(workers_ * 2 * panels * part_rows * kWidth);
-    const Buffer<LaneContext<T>> contexts(workers_ * panels * kPanelVectors);
+    const Buffer<T> worker_tiles(workers_ * panels * part_rows * kWidth);
+    const Buffer<LaneContext<T>> contexts(workers_ * x_vectors);
     const LanePanel<T> x_lanes = {lanes.get(), panel_size};
     const LanePanel<T> gated_lanes = {x_lanes.data + panels * panel_size, panel_size};
+    T* x_tail = tails.get();
+    T* gated_tail = x_tail + tail.count() * padded_;
     const LaneWeights weights = lane_weights(converted);
-    const int64_t x_vectors = panels * kPanelVectors;
-    const auto rows_of = [&](int64_t part) {
-      return Range{channels_ * part / parts, channels_ * (part + 1) / parts};
-    };
+    const auto rows_of = [&](int64_t part) { return share(channels_, part, parts); };
     run_workers(parallel_, workers_, [&](Worker& worker) {
-      LaneContext<T>* own_contexts = contexts.get() + worker.index() * panels * kPanelVectors;
-      T* own_tile = worker_tiles.get() + worker.index() * 2 * panels * part_rows * kWidth;
+      LaneContext<T>* own_contexts = contexts.get() + worker.index() * x_vectors;
+      T* own_tile = worker_tiles.get() + worker.index() * panels * part_rows * kWidth;
       convert_weights(converted, worker);
       worker.share_out(x_vectors, [&](int64_t i) {
-        const int64_t first = i * kLanes<T>;
-        gather_channels(op_.grid, x(), smaller(first, tokens_),
-                        larger(0, smaller(kLanes<T>, tokens_ - first)), x_lanes.at(0, first),
-                        kWidth, int64_t{kLanes<T>});
+        const int64_t first = smaller(i * kLanes<T>, on_lanes.end);
+        gather_channels(op_.grid, x(), first, smaller(kLanes<T>, on_lanes.end - first),
+                        x_lanes.at(0, i * kLanes<T>), kWidth, int64_t{kLanes<T>});
+      });
+      worker.share_out(smaller(1, tail.count()), [&](int64_t) {
+        gather_tokens(op_.grid, x(), tail.begin, tail.count(), x_tail, padded_, padded_);
+        for (int64_t i = 0; i < tail.count() * padded_; ++i) gated_tail[i] = 0;
       });
       pool(worker);
       worker.wait();
@@ -330,24 +372,64 @@ class AttentionForwardPass {
       worker.share_out(parts, [&](int64_t part) {
         const Range rows = rows_of(part);
         project({0, slices_}, rows);
-        lane_contexts({0, tokens_}, rows, own_contexts, own_tile);
+        lane_contexts(on_lanes, rows, own_contexts, own_tile);
         const LanePanel<T> own_values = {
             op_.values == nullptr ? nullptr : value_lanes.get() + rows.begin * kWidth, panel_size};
         multiply<T, LeftOperand::kRows>(
-            rows.count(), tokens_, channels_, weights.value + rows.begin * weights.value_stride,
-            weights.value_stride, Panels<T>{x_lanes.data, panel_size, kWidth},
+            rows.count(), on_lanes.count(), channels_,
+            weights.value + rows.begin * weights.value_stride, weights.value_stride,
+            Panels<T>{x_lanes.data, panel_size, kWidth},
             StoreGatedLanes<T, kActivation>{{gated_lanes.data + rows.begin * kWidth, panel_size},
                                             value_bias() + rows.begin,
                                             own_contexts,
                                             own_values});
-        if (op_.values != nullptr) store_values({0, tokens_}, rows, own_values);
+        if (op_.values != nullptr) store_values(on_lanes, rows, own_values);
+        gate_tail(tail, rows, weights, x_tail, gated_tail);
       });
       worker.wait();
       worker.share_out(parts, [&](int64_t part) {
-        store_out_rows({0, tokens_}, rows_of(part), weights,
+        store_out_rows(on_lanes, rows_of(part), weights,
                        Panels<T>{gated_lanes.data, panel_size, kWidth}, own_tile);
+        store_out_tail(tail, rows_of(part), weights, gated_tail);
       });
     });
+  }
+
+  void gate_tail(Range tail, Range rows, const LaneWeights& weights, const T* x_tail,
+                 T* gated_tail) const {
+    if (tail.count() == 0) return;
+    const T* own_contexts[kLanes<T>];
+    TokenWalk walk(op_.grid, tail.begin);
+    for (int64_t t = 0; t < tail.count(); ++t, walk.next()) own_contexts[t] = context(walk.slice());
+    T sums[kLanes<T>];
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      dot_tail<T>(tail.count(), weights.value + row * weights.value_stride, x_tail, padded_,
+                  channels_, sums);
+      for (int64_t t = 0; t < tail.count(); ++t) {
+        const T value = sums[t] + value_bias()[row];
+        if (op_.values != nullptr) values()[(tail.begin + t) * channels_ + row] = value;
+        const bool off = kActivation == Activation::kRelu && value < 0;  // keeps NaN
+        gated_tail[t * padded_ + row] = (off ? T{0} : value) * own_contexts[t][row];
+      }
+    }
+  }
+
+  void store_out_tail(Range tail, Range rows, const LaneWeights& weights,
+                      const T* gated_tail) const {
+    if (tail.count() == 0) return;
+    S* targets[kLanes<T>];
+    TokenWalk walk(op_.out_grid, tail.begin);
+    for (int64_t t = 0; t < tail.count(); ++t, walk.next()) {
+      targets[t] = out() + token_offset(op_.out_grid, walk.position());
+    }
+    T sums[kLanes<T>];
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      dot_tail<T>(tail.count(), weights.out + row * weights.out_stride, gated_tail, padded_,
+                  channels_, sums);
+      for (int64_t t = 0; t < tail.count(); ++t) {
+        store_one(targets[t] + row * op_.out_grid.stride_channel, sums[t] + out_bias()[row]);
+      }
+    }
   }
 
   // Rows of the values, tokens on lanes, to where they are kept for the backward pass.

@@ -1,4 +1,4 @@
-"""The Triton backend: context pool and gate, forward and backward, on CUDA, ROCm and XPU.
+"""The Triton backend: the whole layer, context pool and gate, forward and backward, on GPUs.
 
 Importing this package imports no Triton: the kernels' files are imported at the first call. The
 launchers have the signatures of the operators (:mod:`sep_attn.ops`) and trust their arguments,
@@ -10,11 +10,21 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["context_pool", "context_pool_backward", "gate", "gate_backward", "unavailable_reason"]
+__all__ = [
+    "context_pool",
+    "context_pool_backward",
+    "gate",
+    "gate_backward",
+    "separable_attention",
+    "separable_attention_backward",
+    "separable_attention_inference",
+    "unavailable_reason",
+]
 
 
 def context_pool(
@@ -74,6 +84,27 @@ def gate_backward(
     from sep_attn.triton_kernels import gating
 
     return gating.gate_backward(grad_y, v, context, act, patch_h, patch_w)
+
+
+def separable_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`sep_attn.triton_kernels.attention.separable_attention`."""
+    from sep_attn.triton_kernels import attention
+
+    return attention.separable_attention(*arguments)
+
+
+def separable_attention_inference(*arguments: Any) -> Tensor:
+    """See :func:`sep_attn.triton_kernels.attention.separable_attention_inference`."""
+    from sep_attn.triton_kernels import attention
+
+    return attention.separable_attention_inference(*arguments)
+
+
+def separable_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """See :func:`sep_attn.triton_kernels.attention.separable_attention_backward`."""
+    from sep_attn.triton_kernels import attention
+
+    return attention.separable_attention_backward(*arguments)
 
 
 def unavailable_reason(device: torch.device) -> str | None:

@@ -1,0 +1,828 @@
+# mypy: disallow-untyped-defs=False
+"""The launchers of the fused layer: which kernels serve a call, with which arguments.
+
+:func:`_plan_forward` is the one place that chooses; e is the size of a value in bytes.
+
+========= =========================================================================================
+``short`` one launch (:mod:`fused`), a program does whole slices: 2 N D e of memory traffic
+``long``  scores and pool, combine (:mod:`scoring`), values with gate and output (:mod:`fused`):
+          3 N D e
+``wide``  more channels than ``MOST_FUSED_CHANNELS``: scores and pool, combine, value product with
+          bias, activation and gate as its epilogue, output product (:mod:`products`): 5 N D e
+========= =========================================================================================
+
+Backward is the same for all: value and gate, and the gradients of both weights, in one kernel up to
+``MOST_FUSED_BACKWARD_CHANNELS`` (:mod:`fused`), else in one and two (:mod:`products`); sums and
+products of one row a slice (torch); scores (:mod:`scoring`); and the product that gives dx, with
+the pool's terms as its epilogue. 3 or 8, and 1, and 2 N D e.
+
+float64 is served by :mod:`pooling`, :mod:`gating` and torch's products
+(:mod:`sep_attn.functional`): tensor cores have no use for its accuracy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+from sep_attn.layout import num_channels, token_shape, token_view
+from sep_attn.triton_kernels import fused, products, scoring
+from sep_attn.triton_kernels.configs import (
+    MOST_FUSED_BACKWARD_CHANNELS,
+    MOST_FUSED_CHANNELS,
+    Config,
+    architecture,
+    chunk_widths,
+    config_of,
+)
+from sep_attn.triton_kernels.launch import (
+    PLANS,
+    TokenGrid,
+    grid_strides,
+    is_uniform,
+    memory_layout,
+    on_device,
+    shifted,
+    token_grid,
+)
+from sep_attn.triton_kernels.pooling import WEIGHTS_BLOCK
+from sep_attn.triton_kernels.tiles import MOST_CHANNELS, tiling
+
+# A band of up to SHORT_TOKENS tokens is a program's work, where there are SHORT_PROGRAMS of them or
+# where it is one tile anyway.
+SHORT_TOKENS = 1024
+SHORT_PROGRAMS = 64
+# Values of a tile of the softmax in the kernel for short slices, and tiles under way at a time.
+POOL_VALUES = 8192
+POOL_STAGES = 3
+# Long bands are split over about this many programs.
+SPLIT_PROGRAMS = 512
+COMBINE_ROWS = 128
+COMBINE_CHANNELS = 128
+COMBINE_COLUMNS = 32
+# The tokens are split until about this many programs work on a weight's gradient.
+WEIGHT_PROGRAMS = 264
+SUM_BLOCK = 1024
+
+
+def path_of(bands: int, tokens: int, source_tokens: int, tile_tokens: int) -> str:
+    """``"short"`` or ``"long"``, where a program can hold whole tokens: see the table above.
+
+    Args:
+        bands: slices, or rows of slices, that lie apart (:mod:`sep_attn.triton_kernels.launch`).
+        tokens, source_tokens: of a band, in x and where scores and keys come from.
+        tile_tokens: rows of a tile of the kernel for short slices.
+    """
+    longest = max(tokens, source_tokens)
+    if longest <= tile_tokens or (longest <= SHORT_TOKENS and bands >= SHORT_PROGRAMS):
+        return "short"
+    return "long"
+
+
+class Call(NamedTuple):
+    """What a plan depends on besides strides."""
+
+    arch: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    source_shape: tuple[int, ...]
+    patch_h: int
+    patch_w: int
+    act: str
+    precision: str
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    def config(self, kernel: str, channels: int) -> Config:
+        return config_of(kernel, self.arch, self.itemsize, channels)
+
+
+@dataclasses.dataclass(eq=False)
+class Launch:
+    """A kernel, its programs and everything it is told but its tensors.
+
+    Triton compiles by what the arguments are: of tensors, whether they are there, and whether they
+    begin at a multiple of 16 bytes. What was compiled for a call is kept, and launched at once by
+    the next call of the kind: to work that out takes Triton longer than a small layer's kernel.
+    """
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    compiled: dict[tuple[int, ...], CompiledKernel] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, device: torch.device, **tensors: Any) -> None:
+        grid = (self.programs, 1, 1)
+        kinds = [
+            int(value.data_ptr() % 16 == 0) if isinstance(value, Tensor) else 2 + (value is None)
+            for value in tensors.values()
+        ]
+        key = (-1 if device.index is None else device.index, *kinds)
+        compiled = self.compiled.get(key)
+        if compiled is None:
+            compiled = self.kernel[grid](**tensors, **self.arguments)
+            if isinstance(compiled, CompiledKernel):  # under the interpreter there is none
+                self.compiled[key] = compiled
+            return
+        given = self.arguments | tensors
+        compiled[grid](*[given[name] for name in self.kernel.arg_names])
+
+
+def call_of(x: Tensor, source: Tensor, act: str, patch_h: int, patch_w: int) -> Call:
+    allowed = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return Call(
+        architecture(x.device),
+        x.dtype,
+        x.shape,
+        source.shape,
+        patch_h,
+        patch_w,
+        act,
+        "tf32" if allowed else "ieee",
+    )
+
+
+class Operands:
+    """The grids of x and of the source, and how every operand lies in memory."""
+
+    def __init__(
+        self,
+        call: Call,
+        of_x: Mapping[str, tuple[int, ...] | None],
+        of_source: Mapping[str, tuple[int, ...] | None],
+    ) -> None:
+        """Args: strides by the operand's name, of operands in the shape of x (or one value a token
+        of x), and of those in the shape of the source."""
+        self.grid = token_grid(call.shape, call.patch_h, call.patch_w)
+        self.source = token_grid(call.source_shape, call.patch_h, call.patch_w)
+        self.slices = self.grid.bands * self.grid.groups
+        self.channels = self.grid.channels
+        self.strides: dict[str, tuple[int, ...]] = {}
+        self.layouts: dict[str, str] = {}
+        self.uniform = True
+        sides = ((call.shape, self.grid, of_x), (call.source_shape, self.source, of_source))
+        for shape, grid, given in sides:
+            strides = {
+                name: grid_strides(shape, value, grid)
+                for name, value in given.items()
+                if value is not None
+            }
+            self.uniform = self.uniform and is_uniform(grid, strides.values())
+            self.strides |= strides
+        for _, grid, given in sides:
+            for name in given:
+                own = self.strides.get(name, ())
+                if len(own) == 6:
+                    self.layouts[name] = memory_layout(call.itemsize, grid, own, self.uniform)
+
+    def of_call(self, grid: TokenGrid) -> dict[str, Any]:
+        """What every kernel is told."""
+        return {
+            "tokens": grid.tokens,
+            "width": grid.width,
+            "patch_h": grid.patch_h,
+            "patch_w": grid.patch_w,
+            "D": grid.channels,
+            "UNIFORM": self.uniform,
+            "GROUPS": grid.groups,
+        }
+
+    def of_tensors(self, **operands: str) -> dict[str, Any]:
+        """Strides, and the layout where an operand has channels, by the names of a kernel."""
+        arguments: dict[str, Any] = {}
+        for name, operand in operands.items():
+            strides = shifted(self.strides, (operand,))
+            arguments[f"{name}_strides"] = strides[operand]
+            if operand in self.layouts:
+                arguments[f"{name.upper()}_LAYOUT"] = self.layouts[operand]
+        return arguments
+
+
+def _options(config: Config) -> dict[str, int]:
+    return {"num_warps": config.warps, "num_stages": config.stages}
+
+
+def _padded(channels: int) -> int:
+    return max(16, triton.next_power_of_2(channels))
+
+
+def _tiles_of(operands: Operands, grid: TokenGrid, block_tokens: int) -> dict[str, Any]:
+    cut = tiling(grid, block_tokens)
+    return {
+        "bands": grid.bands,
+        "tiles": cut.tiles,
+        "band_tiles": cut.band_tiles,
+        "BANDS": cut.bands,
+        "BLOCK_N": block_tokens,
+    }
+
+
+def _product(
+    call: Call, operands: Operands, a: str, out: str, epilogue: str, transposed: bool
+) -> Launch:
+    config = call.config("token_product_kernel", operands.channels)
+    tiles = _tiles_of(operands, operands.grid, config.tokens)
+    columns = min(config.columns, _padded(operands.channels))
+    arguments = {
+        **operands.of_call(operands.grid),
+        **operands.of_tensors(a=a, out=out),
+        **operands.of_tensors(weights="weights", grad_scores="grad_scores"),
+        **tiles,
+        **_options(config),
+        "slices": operands.slices,
+        "TRANSPOSED": transposed,
+        "EPILOGUE": epilogue,
+        "ACT": call.act,
+        "PRECISION": call.precision,
+        "BLOCK_E": columns,
+        "BLOCK_K": _depth(call, operands.channels),
+    }
+    programs = tiles["tiles"] * triton.cdiv(operands.channels, columns)
+    return Launch(products.token_product_kernel, programs, arguments)
+
+
+def _depth(call: Call, channels: int) -> int:
+    """Channels that a product takes at a time: 128 bytes of a row."""
+    return min(128 // call.itemsize, _padded(channels))
+
+
+class ForwardPlan(NamedTuple):
+    """The launches of a path; the float32 values of the pool's partial sums."""
+
+    path: str
+    launches: tuple[Launch, ...]
+    partials: int
+
+
+@functools.lru_cache(maxsize=PLANS)
+def _plan_forward(
+    call: Call,
+    x_strides: tuple[int, ...],
+    source_strides: tuple[int, ...],
+    mask_strides: tuple[int, ...] | None,
+    weights_strides: tuple[int, ...] | None,
+    out_strides: tuple[int, ...],
+) -> ForwardPlan:
+    operands = Operands(
+        call,
+        {"x": x_strides, "out": out_strides},
+        {"source": source_strides, "mask": mask_strides, "weights": weights_strides},
+    )
+    grid, source, channels = operands.grid, operands.source, operands.channels
+    fused_layer = channels <= MOST_FUSED_CHANNELS[call.itemsize]
+    path = "wide"
+    if fused_layer:
+        config = call.config("slice_fwd_kernel", channels)
+        path = path_of(grid.bands, grid.tokens, source.tokens, config.tokens)
+    if path == "short":
+        return ForwardPlan(path, (_slice_launch(call, operands, config),), 0)
+
+    config = call.config("score_pool_fwd_kernel", channels)
+    source_tiles = triton.cdiv(source.tokens, config.tokens)
+    most_splits = max(1, min(source_tiles, SPLIT_PROGRAMS // source.bands))
+    split_tiles = triton.cdiv(source_tiles, most_splits)
+    splits = triton.cdiv(source_tiles, split_tiles)
+    pool = {
+        **operands.of_call(source),
+        **operands.of_tensors(source="source", mask="mask", scores="weights"),
+        **_options(config),
+        "splits": splits,
+        "split_tiles": split_tiles,
+        "CHUNKS": chunk_widths(channels),
+        "BLOCK_N": config.tokens,
+        "POOL_STAGES": config.stages,
+    }
+    parts = max(
+        triton.cdiv(channels, COMBINE_COLUMNS), triton.cdiv(source.tokens, 4 * WEIGHTS_BLOCK)
+    )
+    combine = {
+        **operands.of_call(source),
+        **operands.of_tensors(mask="mask", weights="weights"),
+        "splits": splits,
+        "parts": parts,
+        "BLOCK_S": COMBINE_ROWS,
+        "BLOCK_D": min(COMBINE_CHANNELS, _padded(channels)),
+        "BLOCK_E": COMBINE_COLUMNS,
+        "MOST_SPLITS": SPLIT_PROGRAMS,
+        "WEIGHTS_BLOCK": WEIGHTS_BLOCK,
+        "num_warps": 8,
+    }
+    launches = [
+        Launch(scoring.score_pool_fwd_kernel, source.bands * splits, pool),
+        Launch(scoring.context_combine_kernel, source.bands * parts, combine),
+    ]
+    if fused_layer:
+        config = call.config("value_gate_output_fwd_kernel", channels)
+        tiles = _tiles_of(operands, grid, config.tokens)
+        arguments = {
+            **operands.of_call(grid),
+            **operands.of_tensors(x="x", out="out"),
+            **tiles,
+            **_options(config),
+            "slices": operands.slices,
+            "CHUNKS": chunk_widths(channels),
+            "ACT": call.act,
+            "PRECISION": call.precision,
+            "BLOCK_E": min(config.columns, _padded(channels)),
+        }
+        launches.append(Launch(fused.value_gate_output_fwd_kernel, tiles["tiles"], arguments))
+    else:
+        # The gated values lie in memory as out does.
+        launches.append(_product(call, operands, "x", "out", "gate", True))
+        launches.append(_product(call, operands, "out", "out", "bias", True))
+    partials = operands.slices * splits * (channels + 3)
+    return ForwardPlan(path, tuple(launches), partials)
+
+
+def _slice_launch(call: Call, operands: Operands, config: Config) -> Launch:
+    grid, source, channels = operands.grid, operands.source, operands.channels
+    cut = tiling(max(grid, source, key=lambda one: one.tokens), config.tokens)
+    rows = config.tokens // cut.bands
+    chunks = chunk_widths(channels)
+    fitting = 1 << (POOL_VALUES // sum(chunks)).bit_length() - 1
+    pool_rows = max(16, min(config.tokens, fitting))
+    columns = min(config.columns, _padded(channels))
+    arguments = {
+        **operands.of_call(grid),
+        **operands.of_tensors(x="x", source="source", mask="mask", weights="weights", out="out"),
+        **_options(config),
+        "bands": grid.bands,
+        "source_tokens": source.tokens,
+        "source_width": source.width,
+        "band_tiles": triton.cdiv(grid.tokens, rows),
+        "pool_tiles": triton.cdiv(source.tokens, min(rows, pool_rows)),
+        "slices": operands.slices,
+        "CHUNKS": chunks,
+        "BANDS": cut.bands,
+        "ACT": call.act,
+        "PRECISION": call.precision,
+        "BLOCK_N": config.tokens,
+        "BLOCK_E": columns,
+        "BLOCK_P": pool_rows,
+        "BLOCK_C": min(columns, fitting),
+        "POOL_STAGES": POOL_STAGES,
+    }
+    return Launch(fused.slice_fwd_kernel, triton.cdiv(grid.bands, cut.bands), arguments)
+
+
+def _forward(
+    x: Tensor,
+    x_prev: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    dropout_seed: Tensor | None,
+    dropout_p: float,
+    act: str,
+    patch_h: int,
+    patch_w: int,
+    *,
+    keep_weights: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    source = x if x_prev is None else x_prev
+    slices, channels = x.shape[0] * patch_h * patch_w, num_channels(x)
+    _check(x.dtype, channels)
+    out = torch.empty_like(x)
+    weights = None
+    if keep_weights:
+        weights = x.new_empty(token_shape(source), dtype=torch.float32)
+    statistics = x.new_empty((slices, 2 * channels + 1), dtype=torch.float32)
+    if slices == 0:
+        return out, weights, statistics
+    qkv_weight, out_weight = qkv_weight.contiguous(), out_weight.contiguous()
+    qkv_bias = None if qkv_bias is None else qkv_bias.contiguous()
+    out_bias = None if out_bias is None else out_bias.contiguous()
+    plan = _plan_forward(
+        call_of(x, source, act, patch_h, patch_w),
+        x.stride(),
+        source.stride(),
+        None if key_padding_mask is None else key_padding_mask.stride(),
+        None if weights is None else weights.stride(),
+        out.stride(),
+    )
+    scoring_tensors = {
+        "source_ptr": source,
+        "qkv_weight_ptr": qkv_weight,
+        "qkv_bias_ptr": qkv_bias,
+        "mask_ptr": key_padding_mask,
+        "seed_ptr": dropout_seed,
+        "dropout_p": dropout_p,
+    }
+    value_tensors = {
+        "x_ptr": x,
+        "qkv_weight_ptr": qkv_weight,
+        "qkv_bias_ptr": qkv_bias,
+        "out_weight_ptr": out_weight,
+        "out_bias_ptr": out_bias,
+        "statistics_ptr": statistics,
+        "out_ptr": out,
+    }
+    with on_device(x.device):
+        if plan.path == "short":
+            (whole,) = plan.launches
+            whole(x.device, weights_ptr=weights, **(scoring_tensors | value_tensors))
+            return out, weights, statistics
+        pool, combine, *rest = plan.launches
+        partial = statistics.new_empty(plan.partials)
+        pool(x.device, scores_ptr=weights, partial_ptr=partial, **scoring_tensors)
+        combine(
+            x.device,
+            partial_ptr=partial,
+            qkv_weight_ptr=qkv_weight,
+            qkv_bias_ptr=qkv_bias,
+            mask_ptr=key_padding_mask,
+            weights_ptr=weights,
+            statistics_ptr=statistics,
+        )
+        if plan.path == "long":
+            rest[0](x.device, **value_tensors)
+            return out, weights, statistics
+        gated = torch.empty_like(out)
+        _multiply(
+            rest[0],
+            x,
+            qkv_weight[1 + channels :],
+            None if qkv_bias is None else qkv_bias[1 + channels :],
+            gated,
+            slice_ptr=statistics[:, channels:],
+            row_size=2 * channels + 1,
+        )
+        _multiply(rest[1], gated, out_weight, out_bias, out)
+    return out, weights, statistics
+
+
+def _multiply(
+    launch: Launch, a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, **pool: Any
+) -> None:
+    nothing = dict.fromkeys(
+        ("slice_ptr", "weights_ptr", "grad_scores_ptr", "score_weight_ptr", "seed_ptr")
+    )
+    tensors = nothing | {"row_size": 0, "dropout_p": 0.0} | pool
+    launch(a.device, a_ptr=a, weight_ptr=weight, bias_ptr=bias, out_ptr=out, **tensors)
+
+
+def _check(dtype: torch.dtype, channels: int) -> None:
+    if dtype == torch.float64:
+        raise TypeError(
+            "the fused layer takes float32, bfloat16 and float16; float64 goes through "
+            "sep_attn.functional.separable_attention, which composes it of smaller kernels"
+        )
+    if channels > MOST_CHANNELS:
+        raise ValueError(
+            f"the Triton kernels take up to {MOST_CHANNELS} channels, this layer has {channels}"
+        )
+
+
+def separable_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer's output and what its backward needs.
+
+    Args:
+        x, x_prev: ``[B, N, D]`` or ``[B, D, H, W]``, any strides; x_prev None or of another N.
+        qkv_weight, qkv_bias, out_weight, out_bias: as in ``nn.Linear``; biases may be None.
+        key_padding_mask: bool, one value a token of the source, True leaves it out; or None.
+        dropout_seed: int64 ``[1]`` on the device, or None for no dropout.
+        dropout_p: probability of a zero.
+        act: ``"relu"`` or ``"identity"``.
+        patch_h, patch_w: the patch of ``[B, D, H, W]``; 1, 1 for ``[B, N, D]``.
+
+    Returns:
+        ``out`` like x; the softmax weights in float32, one a token of the source;
+        ``statistics [S, 2 D + 1]`` in float32: pooled source, context and sum of the dropped
+        weights of each slice.
+
+    Raises:
+        ValueError: more tokens a slice, or more channels, than the kernels count.
+    """
+    out, weights, statistics = _forward(*arguments, keep_weights=True)
+    assert weights is not None
+    return out, weights, statistics
+
+
+def separable_attention_inference(*arguments: Any) -> Tensor:
+    """The output alone; see :func:`separable_attention`."""
+    return _forward(*arguments, keep_weights=False)[0]
+
+
+def _weight_grad(call: Call, operands: Operands, a: str, b: str) -> tuple[int, Launch]:
+    """Into how many parts ``a^T b`` is split, and the launch that makes them."""
+    config = call.config("weight_grad_kernel", operands.channels)
+    tiles = _tiles_of(operands, operands.grid, config.tokens)
+    columns = min(config.columns, _padded(operands.channels))
+    blocks = triton.cdiv(operands.channels, columns) ** 2
+    most_splits = max(1, min(tiles["tiles"], WEIGHT_PROGRAMS // blocks))
+    split_tiles = triton.cdiv(tiles["tiles"], most_splits)
+    splits = triton.cdiv(tiles["tiles"], split_tiles)
+    arguments = {
+        **operands.of_call(operands.grid),
+        **operands.of_tensors(a=a, b=b),
+        **tiles,
+        **_options(config),
+        "split_tiles": split_tiles,
+        "PRECISION": call.precision,
+        "BLOCK_I": columns,
+        "BLOCK_J": columns,
+    }
+    return splits, Launch(products.weight_grad_kernel, blocks * splits, arguments)
+
+
+def _value_gate_weights(call: Call, operands: Operands) -> tuple[int, Launch]:
+    """Into how many parts the tokens are split, and the launch."""
+    config = call.config("value_gate_weights_bwd_kernel", operands.channels)
+    tiles = _tiles_of(operands, operands.grid, config.tokens)
+    block = min(config.columns, _padded(operands.channels))
+    columns = triton.cdiv(operands.channels, block)
+    most_splits = max(1, min(tiles["tiles"], WEIGHT_PROGRAMS // columns))
+    split_tiles = triton.cdiv(tiles["tiles"], most_splits)
+    splits = triton.cdiv(tiles["tiles"], split_tiles)
+    arguments = {
+        **operands.of_call(operands.grid),
+        **operands.of_tensors(grad_out="grad_out", x="x", grad_v="like"),
+        **tiles,
+        **_options(config),
+        "split_tiles": split_tiles,
+        "slices": operands.slices,
+        # In one piece: narrow ones leave the tensor cores' wide instruction no 64 rows.
+        "CHUNKS": (_padded(operands.channels),),
+        "ACT": call.act,
+        "PRECISION": call.precision,
+        "BLOCK_E": block,
+    }
+    return splits, Launch(fused.value_gate_weights_bwd_kernel, columns * splits, arguments)
+
+
+class BackwardPlan(NamedTuple):
+    """The launches of a backward pass. ``weights`` does the work of ``values``, ``out_weight`` and
+    ``value_weight`` in one, where a program can hold what that takes."""
+
+    values: Launch
+    out_weight: Launch
+    value_weight: Launch
+    weight_splits: int
+    weights: Launch | None
+    source: Launch
+    input: Launch
+
+
+@functools.lru_cache(maxsize=PLANS)
+def _plan_backward(
+    call: Call,
+    separate: bool,
+    x_strides: tuple[int, ...],
+    source_strides: tuple[int, ...],
+    grad_out_strides: tuple[int, ...],
+    like_strides: tuple[int, ...],
+    grad_source_strides: tuple[int, ...] | None,
+    weights_strides: tuple[int, ...],
+    grad_weights_strides: tuple[int, ...] | None,
+) -> BackwardPlan:
+    operands = Operands(
+        call,
+        {"x": x_strides, "grad_out": grad_out_strides, "like": like_strides},
+        {
+            "source": source_strides,
+            "grad_source": grad_source_strides,
+            "weights": weights_strides,
+            "grad_scores": weights_strides,
+            "grad_weights": grad_weights_strides,
+        },
+    )
+    grid, source, channels = operands.grid, operands.source, operands.channels
+
+    config = call.config("value_gate_bwd_kernel", channels)
+    tiles = _tiles_of(operands, grid, config.tokens)
+    columns = min(config.columns, _padded(channels))
+    values = {
+        **operands.of_call(grid),
+        **operands.of_tensors(grad_out="grad_out", x="x", gated="like", grad_v="like"),
+        **tiles,
+        **_options(config),
+        "slices": operands.slices,
+        "ACT": call.act,
+        "PRECISION": call.precision,
+        "BLOCK_E": columns,
+        "BLOCK_K": _depth(call, channels),
+    }
+    values_launch = Launch(
+        products.value_gate_bwd_kernel, tiles["tiles"] * triton.cdiv(channels, columns), values
+    )
+
+    weights_launch = None
+    if channels <= MOST_FUSED_BACKWARD_CHANNELS[call.itemsize]:
+        splits, weights_launch = _value_gate_weights(call, operands)
+    else:
+        splits, _ = _weight_grad(call, operands, "grad_out", "like")
+    _, out_weight = _weight_grad(call, operands, "grad_out", "like")
+    _, value_weight = _weight_grad(call, operands, "like", "x")
+
+    config = call.config("source_bwd_kernel", channels)
+    tiles = _tiles_of(operands, source, config.tokens)
+    source_tiles = triton.cdiv(tiles["tiles"], SPLIT_PROGRAMS)
+    source_arguments = {
+        **operands.of_call(source),
+        **operands.of_tensors(
+            source="source",
+            weights="weights",
+            grad_weights="grad_weights",
+            grad_scores="grad_scores",
+            grad_source="grad_source" if separate else "none",
+        ),
+        **tiles,
+        **_options(config),
+        "GRAD_SOURCE_LAYOUT": operands.layouts.get("grad_source", ""),
+        "split_tiles": source_tiles,
+        "POOL_STAGES": config.stages,
+        "slices": operands.slices,
+        "CHUNKS": chunk_widths(channels),
+    }
+    source_launch = Launch(
+        scoring.source_bwd_kernel, triton.cdiv(tiles["tiles"], source_tiles), source_arguments
+    )
+    return BackwardPlan(
+        values_launch,
+        out_weight,
+        value_weight,
+        splits,
+        weights_launch,
+        source_launch,
+        _product(call, operands, "like", "like", "bias" if separate else "pool", False),
+    )
+
+
+def separable_attention_backward(
+    grad_out: Tensor,
+    grad_weights: Tensor | None,
+    x: Tensor,
+    x_prev: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    out_weight: Tensor,
+    dropout_seed: Tensor | None,
+    weights: Tensor,
+    statistics: Tensor,
+    dropout_p: float,
+    act: str,
+    patch_h: int,
+    patch_w: int,
+    need_input_grad: bool,
+    need_weight_grad: bool,
+) -> tuple[Tensor, ...]:
+    """The gradients of :func:`separable_attention`.
+
+    Args:
+        grad_out, grad_weights: gradients of the first two results, any strides, 0 among them; None
+            where the weights took none.
+        weights, statistics: what the forward returned; all others as given to it.
+        need_input_grad: whether gradients of x and x_prev are wanted.
+        need_weight_grad: whether those of weights and biases are.
+
+    Returns:
+        Gradients of x, x_prev, qkv_weight, qkv_bias, out_weight and out_bias in the dtype of x;
+        empty where not wanted.
+    """
+    source = x if x_prev is None else x_prev
+    slices, channels = x.shape[0] * patch_h * patch_w, num_channels(x)
+    grad_x = torch.empty_like(x) if need_input_grad else x.new_empty(0)
+    grad_source = None
+    if x_prev is not None and need_input_grad:
+        grad_source = torch.empty_like(x_prev)
+
+    def weight_like(*shape: int) -> Tensor:
+        wanted = shape if need_weight_grad else (0,)
+        return x.new_zeros(wanted) if slices == 0 else x.new_empty(wanted)
+
+    grad_qkv_weight = weight_like(1 + 2 * channels, channels)
+    grad_qkv_bias = weight_like(1 + 2 * channels)
+    grad_out_weight, grad_out_bias = weight_like(channels, channels), weight_like(channels)
+    results = (
+        grad_x,
+        x.new_empty(0) if grad_source is None else grad_source,
+        grad_qkv_weight,
+        grad_qkv_bias,
+        grad_out_weight,
+        grad_out_bias,
+    )
+    if slices == 0 or not (need_input_grad or need_weight_grad):
+        return results
+    qkv_weight, out_weight = qkv_weight.contiguous(), out_weight.contiguous()
+    qkv_bias = None if qkv_bias is None else qkv_bias.contiguous()
+    grad_v = torch.empty_like(x)
+    plan = _plan_backward(
+        call_of(x, source, act, patch_h, patch_w),
+        x_prev is not None,
+        x.stride(),
+        source.stride(),
+        grad_out.stride(),
+        grad_v.stride(),
+        None if grad_source is None else grad_source.stride(),
+        weights.stride(),
+        None if grad_weights is None else grad_weights.stride(),
+    )
+    # All in one launch, or the gated values pass through memory to the weights' gradients.
+    at_once = plan.weights if need_weight_grad else None
+    first = at_once or plan.values
+    slots = first.arguments["BANDS"] * first.arguments["GROUPS"]
+    tiles, band_tiles = first.arguments["tiles"], first.arguments["band_tiles"]
+    partial = statistics.new_empty((tiles, slots + 2, channels))
+    value_tensors = {
+        "grad_out_ptr": grad_out,
+        "x_ptr": x,
+        "qkv_weight_ptr": qkv_weight,
+        "qkv_bias_ptr": qkv_bias,
+        "out_weight_ptr": out_weight,
+        "statistics_ptr": statistics,
+        "grad_v_ptr": grad_v,
+        "partial_ptr": partial,
+    }
+    with on_device(x.device):
+        if at_once is not None:
+            weight_partial = statistics.new_empty((plan.weight_splits, 2, channels, channels))
+            at_once(x.device, weight_partial_ptr=weight_partial, **value_tensors)
+            both_grads = x.new_empty((2, channels, channels))
+            _sum_parts(weight_partial, both_grads)
+            grad_qkv_weight[1 + channels :].copy_(both_grads[0].T)
+            grad_out_weight.copy_(both_grads[1])
+        else:
+            gated = torch.empty_like(x) if need_weight_grad else None
+            plan.values(x.device, gated_ptr=gated, **value_tensors)
+            if gated is not None:
+                weight_partial = statistics.new_empty((plan.weight_splits, channels, channels))
+                plan.out_weight(x.device, a_ptr=grad_out, b_ptr=gated, partial_ptr=weight_partial)
+                _sum_parts(weight_partial, grad_out_weight)
+                plan.value_weight(x.device, a_ptr=grad_v, b_ptr=x, partial_ptr=weight_partial)
+                _sum_parts(weight_partial, grad_qkv_weight[1 + channels :])
+        # Per slice, [S, D] and smaller: torch's sums and products, in float32.
+        grad_context = partial[:, :slots].unflatten(0, (-1, band_tiles)).sum(1)
+        grad_context = grad_context.flatten(0, 1)[:slices]  # [S, D]
+        pooled, weight_sum = statistics[:, :channels], statistics[:, -1]
+        grad_pooled = grad_context @ qkv_weight[1 : 1 + channels].to(torch.float32)  # [S, D]
+        delta = (pooled * grad_pooled).sum(1)
+        bias_grad = torch.zeros_like(weight_sum)
+        if qkv_bias is not None:
+            bias_grad = grad_context @ qkv_bias[1 : 1 + channels].to(torch.float32)  # [S]
+            delta = delta + weight_sum * bias_grad
+        if grad_weights is not None:
+            per_slice = token_view(weights * grad_weights, patch_h, patch_w)
+            delta = delta + per_slice.sum((-2, -1)).flatten()
+
+        grad_scores = torch.empty_like(weights)
+        score_partial = statistics.new_empty((plan.source.programs, channels + 1))
+        plan.source(
+            x.device,
+            source_ptr=source,
+            score_weight_ptr=qkv_weight,
+            weights_ptr=weights,
+            seed_ptr=dropout_seed,
+            dropout_p=dropout_p,
+            grad_weights_ptr=grad_weights,
+            grad_pooled_ptr=grad_pooled,
+            slice_grads_ptr=torch.stack((bias_grad, delta), 1),
+            grad_scores_ptr=grad_scores,
+            grad_source_ptr=grad_source,
+            partial_ptr=score_partial,
+        )
+        if need_input_grad:
+            of_pool = {}
+            if x_prev is None:
+                of_pool = {
+                    "slice_ptr": grad_pooled,
+                    "row_size": channels,
+                    "weights_ptr": weights,
+                    "grad_scores_ptr": grad_scores,
+                    "score_weight_ptr": qkv_weight,
+                    "seed_ptr": dropout_seed,
+                    "dropout_p": dropout_p,
+                }
+            _multiply(plan.input, grad_v, qkv_weight[1 + channels :], None, grad_x, **of_pool)
+        if need_weight_grad:
+            biases = partial[:, slots:].sum(0)  # [2, D]
+            grad_out_bias.copy_(biases[1])
+            grad_qkv_bias[1 + channels :].copy_(biases[0])
+            scores = score_partial.sum(0)  # [D + 1]
+            grad_qkv_weight[0].copy_(scores[:channels])
+            grad_qkv_bias[0].copy_(scores[channels])
+            grad_qkv_weight[1 : 1 + channels].copy_(grad_context.T @ pooled)
+            grad_qkv_bias[1 : 1 + channels].copy_(weight_sum @ grad_context)
+    return results
+
+
+def _sum_parts(parts: Tensor, sums: Tensor) -> None:
+    """``sums.copy_(parts.sum(0))`` for contiguous ``sums``, in a fixed order."""
+    values = sums.numel()
+    products.sum_parts_kernel[(triton.cdiv(values, SUM_BLOCK),)](
+        partial_ptr=parts,
+        sums_ptr=sums,
+        splits=parts.shape[0],
+        values=values,
+        BLOCK=SUM_BLOCK,
+    )

@@ -1,0 +1,185 @@
+"""Tiles, warps and stages of the fused layer's kernels: a readable table, never tuned at run time.
+
+A kernel's configuration depends on the architecture, on the size of a value and on D, never on the
+number of tokens. ``TABLES[architecture][kernel]`` holds rows ``D up to: (tokens, columns, warps,
+stages)`` for values of 2 bytes and, under ``<kernel>.float32``, for values of 4. A ``None`` row
+holds for every larger D; an architecture without a table, or a kernel without rows in it, takes the
+rows of ``OTHER``. :func:`every_config` lists all that can be picked, for reports and tuning.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+
+# Channels up to which a program holds whole tokens (x, and the sums of the output), by the size of
+# a value in bytes; above it products are cut along their columns and gated values pass through
+# memory. Without tensor cores 4 bytes a value leave room for so few tokens that reading the weights
+# would cost more than the pass saves.
+MOST_FUSED_CHANNELS = {2: 512, 4: 64}
+# The same for the backward that holds sums of both weights' gradients as well.
+MOST_FUSED_BACKWARD_CHANNELS = {2: 256, 4: 0}
+
+
+class Config(NamedTuple):
+    """Rows and columns of a program's tile, and how the compiler is to spread and pipeline it."""
+
+    tokens: int
+    columns: int
+    warps: int
+    stages: int
+
+
+class Choice(NamedTuple):
+    """A configuration and what it is picked for: D from ``channels_from`` to ``channels_to``
+    (None: no end)."""
+
+    kernel: str
+    architecture: str
+    itemsize: int
+    channels_from: int
+    channels_to: int | None
+    config: Config
+
+
+Rows = Mapping[int | None, tuple[int, int, int, int]]
+
+# Small tiles that any GPU with 64 KiB of shared memory a program can hold.
+_POOL: Rows = {
+    64: (64, 0, 4, 1),
+    128: (32, 0, 4, 1),
+    256: (16, 0, 4, 1),
+    512: (8, 0, 4, 1),
+    1024: (8, 0, 8, 1),
+    None: (4, 0, 8, 1),
+}
+_FUSED: Rows = {
+    64: (64, 32, 4, 1),
+    128: (64, 32, 4, 1),
+    256: (32, 16, 4, 1),
+    512: (16, 16, 4, 1),
+}
+_FUSED_FLOAT32: Rows = {64: (32, 32, 4, 1)}
+OTHER: Mapping[str, Rows] = {
+    "slice_fwd_kernel": _FUSED,
+    "slice_fwd_kernel.float32": _FUSED_FLOAT32,
+    "score_pool_fwd_kernel": _POOL,
+    "value_gate_output_fwd_kernel": _FUSED,
+    "value_gate_output_fwd_kernel.float32": _FUSED_FLOAT32,
+    "token_product_kernel": {None: (64, 64, 4, 2)},
+    "token_product_kernel.float32": {None: (64, 32, 4, 2)},
+    "value_gate_bwd_kernel": {None: (64, 32, 4, 1)},
+    "value_gate_bwd_kernel.float32": {None: (32, 32, 4, 1)},
+    "value_gate_weights_bwd_kernel": {128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
+    "weight_grad_kernel": {None: (32, 64, 4, 2)},
+    "weight_grad_kernel.float32": {None: (16, 64, 4, 2)},
+    "source_bwd_kernel": _POOL,
+}
+
+_FUSED_SM_90: Rows = {
+    64: (128, 64, 8, 3),
+    128: (128, 64, 8, 3),
+    256: (128, 64, 8, 2),
+    384: (64, 32, 8, 2),
+    512: (64, 16, 8, 2),
+}
+SM_90: Mapping[str, Rows] = {
+    "slice_fwd_kernel": _FUSED_SM_90,
+    "score_pool_fwd_kernel": {
+        64: (64, 0, 4, 3),
+        128: (64, 0, 8, 3),
+        256: (32, 0, 8, 3),
+        512: (16, 0, 8, 3),
+        1024: (8, 0, 8, 2),
+        None: (4, 0, 8, 2),
+    },
+    "value_gate_output_fwd_kernel": _FUSED_SM_90,
+    "token_product_kernel": {64: (128, 64, 4, 3), None: (128, 128, 8, 3)},
+    "value_gate_bwd_kernel": {None: (128, 64, 8, 3)},
+    "value_gate_weights_bwd_kernel": {
+        32: (64, 32, 8, 3),
+        64: (128, 32, 8, 3),
+        256: (64, 32, 8, 2),
+    },
+    "weight_grad_kernel": {None: (64, 128, 8, 3)},
+    "source_bwd_kernel": {
+        64: (64, 0, 4, 3),
+        128: (32, 0, 4, 3),
+        256: (16, 0, 4, 3),
+        512: (8, 0, 4, 3),
+        1024: (8, 0, 8, 2),
+        None: (4, 0, 8, 2),
+    },
+    "token_product_kernel.float32": {None: (128, 64, 8, 3)},
+    "value_gate_bwd_kernel.float32": {None: (64, 64, 8, 2)},
+    "weight_grad_kernel.float32": {None: (32, 64, 8, 3)},
+}
+
+TABLES: Mapping[str, Mapping[str, Rows]] = {"sm_90": SM_90}
+
+
+def architecture(device: torch.device) -> str:
+    """``"sm_90"``, ``"gfx942"``, ...: the key of ``TABLES``; ``"cpu"`` under the interpreter."""
+    if device.type != "cuda":
+        return device.type
+    return _architecture(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def rows_of(kernel: str, arch: str, itemsize: int) -> dict[int | None, Config]:
+    """The rows of a kernel, narrowest D first."""
+    table = TABLES.get(arch, {})
+    names = (kernel,) if itemsize == 2 else (f"{kernel}.float32", kernel)
+    # A table's tiles for 2 bytes are too large for 4: without rows of its own, OTHER's.
+    rows = table.get(names[0]) or OTHER.get(names[0]) or OTHER[kernel]
+    return {channels: Config(*row) for channels, row in rows.items()}
+
+
+@functools.lru_cache(maxsize=1024)
+def config_of(kernel: str, arch: str, itemsize: int, channels: int) -> Config:
+    """The configuration of a kernel for values of ``itemsize`` bytes and D = ``channels``."""
+    for most, config in rows_of(kernel, arch, itemsize).items():
+        if most is None or channels <= most:
+            return config
+    raise ValueError(f"{kernel} holds no more than {most} channels, this layer has {channels}")
+
+
+def every_config(architectures: tuple[str, ...] | None = None) -> Iterator[Choice]:
+    """Everything :func:`config_of` can pick on these architectures (default: those with a table,
+    and ``"other"``)."""
+    for arch in architectures or (*TABLES, "other"):
+        for kernel in OTHER:
+            if kernel.endswith(".float32"):
+                continue
+            for itemsize in (2, 4):
+                first = 1
+                for most, config in rows_of(kernel, arch, itemsize).items():
+                    yield Choice(kernel, arch, itemsize, first, most, config)
+                    first = first if most is None else most + 1
+
+
+@functools.cache
+def chunk_widths(channels: int) -> tuple[int, ...]:
+    """Powers of two, falling, at least 16, that together hold D channels and pad them by a seventh
+    or less where three pieces can: a tile of tokens is held in such pieces, for a tile's sides must
+    be powers of two."""
+    widths: list[int] = []
+    left = channels
+    while left > 0:
+        width = max(16, 1 << (left.bit_length() - 1))
+        # The last piece, or one that is nearly twice as wide: round up.
+        if len(widths) == 2 or (width < left and 2 * width - left <= channels // 7):
+            width = max(16, 1 << (left - 1).bit_length())
+        widths.append(width)
+        left -= width
+    return tuple(widths)

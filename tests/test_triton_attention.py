@@ -1,0 +1,389 @@
+"""The fused layer on the Triton backend: every path of it, tiles, tables, offsets and streams.
+
+Without a GPU the kernels run in Triton's interpreter. That each option of the layer agrees with
+the oracle on the path which its size takes is the matter of test_layer.py; here small tiles and a
+forced path put every kernel to work on every layout.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from oracle import Case, check_layer, inputs_of, make_mask, run
+from test_triton_kernels import huge_memory, name_of
+from torch import Tensor
+
+from sep_attn import ops
+from sep_attn.functional import separable_attention
+from sep_attn.layout import default_patch_size, token_shape
+
+pytest.importorskip("triton")
+
+from sep_attn.triton_kernels import attention, configs, launch, tiles
+
+PATHS = ["short", "long", "wide"]
+FUSED_KERNELS = ["slice_fwd_kernel", "value_gate_output_fwd_kernel"]
+NARROW_KERNELS = ["value_gate_weights_bwd_kernel"]
+
+# Ragged N and D, bands side by side, several tiles a band, every layout, masks, x_prev, gradients.
+CASES = [
+    Case((1, 1, 1)),
+    Case((1, 37, 24), need_weights=True),
+    Case((5, 5, 20), mask="random"),
+    Case((1, 19, 33), bias=False, value_act="identity"),
+    Case((2, 19, 16), mask="first_image", dropout_p=0.3, need_weights=True, grad="sum"),
+    Case((2, 19, 16), prev_shape=(2, 21, 16), mask="random", dropout_p=0.2, need_weights=True),
+    Case((1, 24, 4, 5), prev_shape=(1, 24, 4, 19)),
+    Case((1, 24, 2, 16), mask="all", memory="transposed", grad="transposed"),
+    Case((1, 16, 4, 16), patch_size=(2, 2), mask="random", dropout_p=0.1),
+    Case((2, 12, 4, 4), patch_size=(2, 4), memory="channels_last"),
+    Case((1, 12, 4, 6), patch_size=(2, 3), memory="sliced", grad="sliced"),
+    Case((2, 19, 16), memory="expanded"),
+    Case((0, 37, 16), need_weights=True),
+]
+
+
+def forget_plans() -> None:
+    attention._plan_forward.cache_clear()
+    attention._plan_backward.cache_clear()
+
+
+def take_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call from here on takes this path, in tiles of 16 tokens and columns."""
+    forget_plans()
+    fused_backward = 0 if path == "wide" else 512
+    monkeypatch.setattr(
+        attention, "MOST_FUSED_BACKWARD_CHANNELS", dict.fromkeys((2, 4), fused_backward)
+    )
+    if path == "wide":
+        monkeypatch.setattr(attention, "MOST_FUSED_CHANNELS", {2: 0, 4: 0})
+    else:
+        monkeypatch.setattr(attention, "MOST_FUSED_CHANNELS", {2: 512, 4: 512})
+        monkeypatch.setattr(attention, "path_of", lambda *_: path)
+    monkeypatch.setattr(attention, "config_of", lambda *_: configs.Config(16, 16, 4, 1))
+    monkeypatch.setattr(attention, "COMBINE_ROWS", 16)
+    monkeypatch.setattr(attention, "COMBINE_CHANNELS", 16)
+    monkeypatch.setattr(attention, "COMBINE_COLUMNS", 16)
+    monkeypatch.setattr(attention, "WEIGHT_PROGRAMS", 5)
+
+
+@pytest.fixture(autouse=True)
+def plans_of_their_own() -> Iterator[None]:
+    yield
+    forget_plans()
+
+
+# Results ------------------------------------------------------------------------------------------
+
+
+def forward(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The operator's three results; the draws are those of every other call of the case."""
+    patch = case.patch_size or default_patch_size(inputs["x"])
+    source = inputs.get("x_prev", inputs["x"])
+    torch.manual_seed(2)
+    mask = None if case.mask is None else make_mask(case.mask, token_shape(source), source.device)
+    seed = torch.randint(2**31 - 1, (1,), device=source.device) if case.dropout_p else None
+    arguments = call(
+        inputs,
+        mask=mask,
+        seed=seed,
+        dropout_p=case.dropout_p,
+        act=case.value_act,
+        patch_h=patch[0],
+        patch_w=patch[1],
+    )
+    results = ops.separable_attention("triton", *arguments)
+    return dict(zip(("out", "weights", "statistics"), results, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_kernel_in_small_tiles(
+    case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the two backwards both are held against the oracle, and of the three forwards one, and
+    the others against that one."""
+    for path in ("short", "wide"):
+        take_path(path, monkeypatch)
+        check_layer(separable_attention, case, torch.float32, device, backend="triton")
+    take_path("short", monkeypatch)
+    inputs = inputs_of(case, torch.float32, device)
+    expected = forward(case, inputs)
+    for path in ("long", "wide"):
+        take_path(path, monkeypatch)
+        for name, result in forward(case, inputs).items():
+            torch.testing.assert_close(result, expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path, case", zip(PATHS, (CASES[5], CASES[8], CASES[4]), strict=True))
+def test_every_path_in_float16(
+    path: str, case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_path(path, monkeypatch)
+    check_layer(separable_attention, case, torch.float16, device, backend="triton")
+
+
+@pytest.mark.parametrize("shape", [(17, 3, 12), (1, 70, 40)], ids=name_of)
+def test_tiles_of_the_table(shape: tuple[int, ...], device: torch.device) -> None:
+    """What the sizes themselves choose: bands side by side, a long slice."""
+    check_layer(separable_attention, Case(shape), torch.float32, device, backend="triton")
+
+
+def call(inputs: dict[str, Tensor], **changed: Any) -> tuple[Any, ...]:
+    """Arguments of the operator for [B, N, D]."""
+    arguments: dict[str, Any] = {
+        "x": None,
+        "x_prev": None,
+        "qkv_weight": None,
+        "qkv_bias": None,
+        "out_weight": None,
+        "out_bias": None,
+        "mask": None,
+        "seed": None,
+        "dropout_p": 0.0,
+        "act": "relu",
+        "patch_h": 1,
+        "patch_w": 1,
+    }
+    return tuple((arguments | inputs | changed).values())
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_same_bits_each_time_and_without_gradients(
+    path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_path(path, monkeypatch)
+    case = Case((2, 37, 20), need_weights=True)
+    inputs = inputs_of(case, torch.float32, device)
+    first = run(separable_attention, case, inputs, backend="triton")
+    again = run(separable_attention, case, inputs, backend="triton")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert torch.equal(ops.separable_attention_inference("triton", *call(inputs)), first["out"])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, inside the interpreter
+@pytest.mark.parametrize("path", PATHS)
+def test_masked_memory_is_never_felt(
+    path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_path(path, monkeypatch)
+    inputs = inputs_of(Case((2, 5, 16), prev_shape=(2, 21, 16)), torch.float32, device)
+    mask = torch.rand(2, 21, device=device) < 0.4
+    mask[0] = True  # nothing is left of the first slice
+    results = []
+    for fill in (0.0, float("nan")):
+        leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
+        x_prev = leaves["x_prev"].masked_fill(mask[..., None], fill).detach().requires_grad_()
+        arguments = call(leaves, x_prev=x_prev, mask=mask)
+        out, weights, _ = ops.separable_attention("triton", *arguments)
+        grads = torch.autograd.grad(out.square().sum(), [*list(leaves.values())[:-1], x_prev])
+        results.append((out, weights, *grads))
+    for clean, poisoned in zip(*results, strict=True):
+        assert torch.equal(clean, poisoned) and clean.isfinite().all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reserves address space as Linux does")
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("far_axis", [0, 1, 2])
+def test_offsets_past_two_to_the_31(
+    far_axis: int, path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch, token or channel stride leads past the reach of 32 bits."""
+    take_path(path, monkeypatch)
+    shape = [3, 4, 5]
+    shape[far_axis] = 2
+    strides = [600, 40, 1]
+    strides[far_axis] = 2**31 + 8
+    memory = huge_memory(2**31 + 8192, device)
+    inputs = inputs_of(Case(tuple(shape)), torch.float16, device)
+    grad = torch.randn(shape, device=device).half()
+    results = []
+    for far in (False, True):
+        leaves = {name: value.clone().requires_grad_() for name, value in inputs.items()}
+        direction = grad
+        if far:
+            leaves["x"] = memory.as_strided(shape, strides, 16)
+            leaves["x"].copy_(inputs["x"]).requires_grad_()
+            direction = memory.as_strided(shape, strides, 4096).copy_(grad)
+        out, _, _ = ops.separable_attention("triton", *call(leaves))
+        results.append((out, *torch.autograd.grad(out, list(leaves.values()), direction)))
+    for near, far_result in zip(*results, strict=True):
+        torch.testing.assert_close(near, far_result, rtol=2e-3, atol=2e-3)
+
+
+def test_no_more_than_the_input_is_saved_for_backward(device: torch.device) -> None:
+    """N D values: x itself; one weight a token and 2 D + 1 statistics a slice beside it."""
+    case = Case((2, 60, 24))
+    leaves = {
+        name: value.requires_grad_()
+        for name, value in inputs_of(case, torch.float32, device).items()
+    }
+    given = {value.data_ptr() for value in leaves.values()}
+    saved: list[Tensor] = []
+
+    def keep(value: Tensor) -> Tensor:
+        if value.data_ptr() not in given:
+            saved.append(value)
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        ops.separable_attention("triton", *call(leaves))
+    assert sum(value.numel() for value in saved) == 2 * 60 + 2 * (2 * 24 + 1)
+
+
+def test_float64_is_refused_by_the_operator(device: torch.device) -> None:
+    inputs = inputs_of(Case((1, 3, 4)), torch.float64, device)
+    with pytest.raises(TypeError, match="float64 goes through"):
+        ops.separable_attention_inference("triton", *call(inputs))
+
+
+@pytest.mark.parametrize("allowed, expected", [("highest", "ieee"), ("high", "tf32")])
+def test_float32_is_rounded_to_tf32_only_where_torch_allows_it(allowed: str, expected: str) -> None:
+    x = torch.zeros(1, 2, 3)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        assert attention.call_of(x, x, "relu", 1, 1).precision == expected
+        assert attention.call_of(x.half(), x.half(), "relu", 1, 1).precision == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# Paths, tiles and tables --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, path",
+    [
+        ((1024, 16, 256), torch.bfloat16, "short"),
+        ((1024, 1024, 128), torch.float16, "short"),
+        ((1, 100, 128), torch.bfloat16, "short"),
+        ((1, 256, 128), torch.bfloat16, "long"),
+        ((1024, 1025, 64), torch.bfloat16, "long"),
+        ((8, 65_536, 512), torch.bfloat16, "long"),
+        ((8, 197, 513), torch.bfloat16, "wide"),
+        ((1024, 256, 64), torch.float32, "short"),
+        ((1024, 256, 128), torch.float32, "wide"),
+    ],
+)
+def test_path(shape: tuple[int, int, int], dtype: torch.dtype, path: str) -> None:
+    strides = (shape[1] * shape[2], shape[2], 1)
+    given = attention.Call("sm_90", dtype, shape, shape, 1, 1, "relu", "ieee")
+    assert attention._plan_forward(given, strides, strides, None, None, strides).path == path
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16, 17, 49, 64, 65, 1000])
+@pytest.mark.parametrize("bands", [1, 3, 16])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_tiles_hold_every_token_once(tokens: int, bands: int, groups: int) -> None:
+    grid = launch.TokenGrid(bands, tokens * groups, tokens * groups, 8, 1, 1, groups)
+    cut = tiles.tiling(grid, 64)
+    rows = 64 // cut.bands
+    assert cut.slices == cut.bands * groups
+    assert cut.bands == 1 or (cut.band_tiles == 1 and rows >= max(grid.tokens, 16))
+    assert cut.band_tiles * rows >= grid.tokens > (cut.band_tiles - 1) * rows
+    assert cut.tiles // cut.band_tiles * cut.bands >= bands
+
+
+@pytest.mark.parametrize("channels", range(1, 520, 7))
+def test_chunks_hold_all_channels_in_powers_of_two(channels: int) -> None:
+    widths = configs.chunk_widths(channels)
+    assert all(width >= 16 and width & (width - 1) == 0 for width in widths)
+    assert list(widths) == sorted(widths, reverse=True) and len(widths) <= 3
+    assert channels <= sum(widths)
+    assert sum(widths) <= max(16, channels + 15, 1.15 * channels) or len(widths) == 3
+
+
+def test_every_configuration_is_listed() -> None:
+    choices = list(configs.every_config())
+    assert {choice.architecture for choice in choices} == {*configs.TABLES, "other"}
+    listed = {
+        (choice.kernel, choice.architecture, choice.itemsize, choice.config) for choice in choices
+    }
+    kernels = {choice.kernel for choice in choices}
+    for kernel in kernels:
+        for arch in (*configs.TABLES, "other"):
+            for itemsize in (2, 4):
+                for channels in (1, 33, 64, 65, 100, 256, 300, 512):
+                    if channels > 64 and itemsize == 4 and kernel in FUSED_KERNELS:
+                        continue
+                    if channels > 256 and kernel in NARROW_KERNELS:
+                        continue
+                    config = configs.config_of(kernel, arch, itemsize, channels)
+                    assert (kernel, arch, itemsize, config) in listed
+                    for side in (config.tokens, config.columns):
+                        assert side & (side - 1) == 0
+
+
+# On a GPU -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(64, 100, 64), (1, 4096, 64), (2, 100, 640)], ids=name_of)
+def test_cuda_graph(shape: tuple[int, ...], device: torch.device) -> None:
+    inputs = inputs_of(Case(shape), torch.bfloat16, device)
+    leaves = {name: value.requires_grad_() for name, value in inputs.items()}
+
+    def step() -> list[Tensor]:
+        seed = torch.randint(2**31 - 1, (1,), device=device)
+        arguments = call(leaves, seed=seed, dropout_p=0.1)
+        out, _, _ = ops.separable_attention("triton", *arguments)
+        return [out, *torch.autograd.grad(out.sum(), list(leaves.values()))]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    first = [value.clone() for value in captured]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(value.isfinite().all() for value in first)
+    assert not torch.equal(first[0], captured[0])  # another draw
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", PATHS)
+def test_a_stream_of_its_own(path: str, device: torch.device) -> None:
+    shape = {"short": (256, 64, 128), "long": (1, 20_000, 128), "wide": (2, 500, 768)}[path]
+    inputs = inputs_of(Case(shape), torch.bfloat16, device)
+    expected = ops.separable_attention_inference("triton", *call(inputs))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = ops.separable_attention_inference("triton", *call(inputs))
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.gpu
+def test_the_layer_runs_on_the_device_of_its_tensors() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    with torch.cuda.device(0):
+        device = torch.device("cuda:1")
+        check_layer(
+            separable_attention, Case((2, 50, 64)), torch.bfloat16, device, backend="triton"
+        )
+        assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 512, 1024])
+def test_more_than_two_to_the_31_values(dim: int, device: torch.device) -> None:
+    if torch.cuda.get_device_properties(device).total_memory < 40 * 2**30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    tokens = 2**31 // dim + 130
+    inputs = inputs_of(Case((1, 300, dim)), torch.bfloat16, device)
+    few = inputs["x"]
+    many = few[:, torch.arange(tokens, device=device) % 300]
+    out = ops.separable_attention_inference("triton", *call(inputs, x=many, x_prev=few))
+    expected = ops.separable_attention_inference("triton", *call(inputs))
+    for first in (0, tokens // 300 // 2 * 300, (tokens // 300 - 1) * 300):
+        torch.testing.assert_close(out[:, first : first + 300], expected, rtol=2e-2, atol=2e-2)
