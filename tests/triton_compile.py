@@ -215,7 +215,8 @@ def launch_all(case: CompileCase) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LayerCase:
-    """A forward and a backward pass of the whole layer; ``path`` forces the kernels of a path."""
+    """A forward and a backward pass of the whole layer; ``path`` forces the kernels of a path, and
+    ``at_once=False`` the backward of wide layers."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -227,6 +228,7 @@ class LayerCase:
     cross: bool = False
     grad_weights: bool = False
     backward: bool = True
+    at_once: bool = True
 
     __str__ = CompileCase.__str__
 
@@ -246,9 +248,11 @@ def launch_layer(case: LayerCase, target_name: str) -> None:
     attention._plan_forward.cache_clear()
     attention._plan_backward.cache_clear()
     path_of = (lambda *_: case.path) if case.path else attention.path_of
+    most_at_once = attention.MOST_FUSED_BACKWARD_CHANNELS if case.at_once else {2: 0, 4: 0}
     with (
         mock.patch.object(attention, "architecture", lambda _: target_name),
         mock.patch.object(attention, "path_of", path_of),
+        mock.patch.object(attention, "MOST_FUSED_BACKWARD_CHANNELS", most_at_once),
     ):
         out, weights, statistics = attention.separable_attention(
             x, x_prev, qkv_weight, qkv_bias, out_weight, out_bias, mask, seed, *options
@@ -275,6 +279,7 @@ def layer(dtype: torch.dtype) -> list[LayerCase]:
     """Every kernel of the fused layer in the three layouts, and where registers are scarcest."""
     return [
         LayerCase((2, 2048, 128), dtype),
+        LayerCase((2, 2048, 128), dtype, at_once=False),
         LayerCase((2, 192, 4, 256), dtype, "short", patch=(4, 1), masked=True, dropout=True),
         LayerCase((2, 256, 8, 8), dtype, "short", patch=(2, 2), backward=False),
         LayerCase((2, 512, 512), dtype, "short", backward=False),
@@ -287,6 +292,7 @@ def layer_few(dtype: torch.dtype) -> list[LayerCase]:
     """Every kernel of the fused layer once."""
     return [
         LayerCase((2, 2048, 128), dtype),
+        LayerCase((2, 2048, 128), dtype, at_once=False),
         LayerCase((2, 64, 64), dtype, "short", backward=False),
     ]
 
