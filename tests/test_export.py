@@ -38,7 +38,7 @@ def test_the_pooled_form_is_the_layer(
     case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(functional, "resolve", lambda *_: "pooled")
-    check_layer(functional.separable_attention, case, dtype, CPU)
+    check_layer(functional.separable_attention, case, dtype, CPU, backend="native")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

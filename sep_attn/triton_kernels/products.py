@@ -133,7 +133,8 @@ def token_product_kernel(
             weights *= draw_dropout(seed_ptr, dropout_p, band, n)
         for slot in range(0, BANDS * GROUPS):
             row = load_slice_row(slice_ptr, row_size, first_slice + slot, slices, e, D)
-            acc += tl.where(slots == slot, weights, 0.0)[:, None] * row[None, :]
+            felt = (slots == slot) & (weights != 0.0)  # a weight of 0 lets no NaN through
+            acc += tl.where(felt[:, None], weights[:, None] * row[None, :], 0.0)
         offsets = band_offset(band, grad_scores_strides, patch_h, patch_w)
         offsets += token_offsets(n, grad_scores_strides, width, UNIFORM)
         grad_scores = tl.load(grad_scores_ptr + offsets, mask=inside, other=0.0)

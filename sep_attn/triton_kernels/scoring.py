@@ -431,7 +431,7 @@ def source_bwd_kernel(
             for i in tl.static_range(len(CHUNKS)):
                 d = chunk_channels(CHUNKS, i)
                 score_weight = load_bias(score_weight_ptr, d, D)
-                grad_source = dropped[:, None] * grad_rows[i]
+                grad_source = tl.where(felt[:, None], dropped[:, None] * grad_rows[i], 0.0)
                 grad_source += grad_scores[:, None] * score_weight[None, :]
                 store_columns(
                     grad_source_ptr,
