@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("linformer")
 
-from benchmarks import convert_init, train
+from benchmarks import convert_init, measure, train
 from sep_attn import convert
 
 STEPS = 100
@@ -73,7 +73,7 @@ def curve(
     for block in model.blocks:
         block.attn = change_attention(block.attn)
     precision = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
-    with precision:
+    with measure.threads(1), precision:
         losses = convert_init.steps(
             change_model(model),
             convert_init.digits(0),
@@ -139,7 +139,8 @@ def test_the_benchmark_writes_its_results(
         )
 
     monkeypatch.setattr(convert_init, "digits", few_digits)
-    assert train.main(["--quick", "--out", str(tmp_path)]) == 0
+    with measure.threads(1):
+        assert train.main(["--quick", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "train.json").read_text())
     models = [*train.ATTENTIONS, train.CONVERTED]
     measured = [(row["seed"], row["attention"]) for row in result["rows"]]
