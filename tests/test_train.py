@@ -1,10 +1,10 @@
 """Training: the layer follows the literal equation's loss curve, and the benchmark that shows it.
 
-Two runs that differ in rounding alone stay a few units in the last place apart until a value lands
-on the other side of relu's kink: that switches one term of a gradient, and the losses part by some
-1e-5 to 1e-4 within 100 steps. So without the kink the bound is float32's own accuracy, and with it
-a share of what a layer 1 % off is seen to do. Under bfloat16 autocast the noise is measured: it is
-how far literal runs part that sum the scans or the tokens in another order.
+Two runs that differ in rounding alone stay a few float32 steps apart: at most 5e-7 nats in 12 pairs
+without relu. With relu one pair of 16 was 1e-4 apart; a value that rounds to the other side of the
+kink switches a term of a gradient, which is the likely cause. So without relu the bound is near
+float32's own accuracy, and with it an eighth of what a layer 1 % off does. Under bfloat16 autocast
+the noise is measured: how far literal runs part that sum scans or tokens in another order.
 """
 
 from __future__ import annotations
