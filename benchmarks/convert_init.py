@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -55,7 +56,9 @@ def digits(seed: int) -> Digits:
     return Digits(train_images, train_labels, test_images, test_labels)
 
 
-def digits_vit(seed: int, *, pool: str, embed_dim: int = 64, depth: int = 4) -> nn.Module:
+def digits_vit(
+    seed: int, *, pool: str, embed_dim: int = 64, depth: int = 4, patch_size: int = 2
+) -> nn.Module:
     """timm's ViT with multi-head attention over 16 patches of 2 x 2 pixels.
 
     Args:
@@ -63,12 +66,13 @@ def digits_vit(seed: int, *, pool: str, embed_dim: int = 64, depth: int = 4) -> 
         pool: what the classifier sees: ``"token"``, the class token, or ``"avg"``, the mean token.
         embed_dim: D.
         depth: number of blocks.
+        patch_size: pixels along a patch; 1 gives 64 patches.
     """
     timm = models.import_timm()
     torch.manual_seed(seed)
     return timm.models.VisionTransformer(
         img_size=8,
-        patch_size=2,
+        patch_size=patch_size,
         in_chans=1,
         num_classes=10,
         embed_dim=embed_dim,
@@ -83,24 +87,43 @@ def digits_vit(seed: int, *, pool: str, embed_dim: int = 64, depth: int = 4) -> 
 def train(
     model: nn.Module, data: Digits, *, epochs: int, learning_rate: float, seed: int
 ) -> Iterator[float]:
-    """Trains with AdamW, warm-up and cosine decay; yields the mean training loss of each epoch."""
-    count = len(data.train_labels)
+    """Trains as :func:`steps` does; yields the mean training loss of each epoch."""
+    losses = steps(model, data, epochs=epochs, learning_rate=learning_rate, seed=seed)
+    while epoch := list(itertools.islice(losses, steps_per_epoch(data))):
+        yield statistics.fmean(epoch)
+
+
+def steps_per_epoch(data: Digits) -> int:
+    return math.ceil(len(data.train_labels) / BATCH)
+
+
+def steps(
+    model: nn.Module, data: Digits, *, epochs: int, learning_rate: float, seed: int
+) -> Iterator[float]:
+    """Trains with AdamW, warm-up and cosine decay; yields each step's loss before the step.
+
+    Args:
+        model: whose parameters say the dtype; put the generator under autocast for mixed precision.
+        data: the scans.
+        epochs: over all training scans.
+        learning_rate: the highest.
+        seed: of the order of the scans.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=epochs * math.ceil(count / BATCH), pct_start=0.15
+        optimizer, learning_rate, total_steps=epochs * steps_per_epoch(data), pct_start=0.15
     )
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        model.train()
-        losses = []
-        for batch in torch.randperm(count, generator=generator).split(BATCH):
+        order = torch.randperm(len(data.train_labels), generator=generator)
+        for batch in order.split(BATCH):
+            model.train()
             loss = F.cross_entropy(model(data.train_images[batch]), data.train_labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            losses.append(loss.item())
-        yield statistics.fmean(losses)
+            yield loss.item()
 
 
 @torch.no_grad()

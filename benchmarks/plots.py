@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -60,6 +61,43 @@ def token_sweep(result: Mapping[str, Any], path: Path) -> None:
         figure.supxlabel(
             f"{environment.machine_line(dict(header))}, {header['date'][:10]}{commit}. "
             "Medians of interleaved runs; exponents fitted over the largest N.",
+            fontsize=8.5,
+            color="#666666",
+            x=0.01,
+            ha="left",
+        )
+        figure.savefig(path, dpi=160)
+        plt.close(figure)
+
+
+def loss_curves(
+    result: Mapping[str, Any], lines: Mapping[str, tuple[str, str, str]], path: Path
+) -> None:
+    """Draws the training loss of each model against the step: mean and range over the seeds.
+
+    Args:
+        result: what ``benchmarks.train`` measured, with the losses of every row.
+        lines: a row's ``attention`` -> label, color and line style.
+        path: of the PNG.
+    """
+    settings, header = result["settings"], result["environment"]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(9, 5.4), layout="constrained")
+        for key, (label, color, line) in lines.items():
+            losses = np.array([row["losses"] for row in result["rows"] if row["attention"] == key])
+            steps = np.arange(losses.shape[1])
+            axes.plot(steps, losses.mean(0), line, color=color, lw=1.6, label=label)
+            axes.fill_between(steps, losses.min(0), losses.max(0), color=color, alpha=0.12, lw=0)
+        axes.set_yscale("log")
+        axes.grid(True, which="major")
+        axes.set_axisbelow(True)
+        axes.set_xlabel("step")
+        axes.set_ylabel("training loss, nats")
+        axes.legend(loc="lower left", frameon=False, fontsize=9.5)
+        axes.set_title(f"A ViT on handwritten digits: mean and range of {settings['seeds']} seeds")
+        commit = f", commit {header['commit'][:9]}" if header["commit"] else ""
+        figure.supxlabel(
+            f"{environment.machine_line(dict(header))}, {header['date'][:10]}{commit}",
             fontsize=8.5,
             color="#666666",
             x=0.01,
