@@ -3,7 +3,7 @@
 Mehta and Rastegari, "Separable Self-attention for Mobile Vision Transformers" (2022).
 """
 
-from sep_attn import functional, reference
+from sep_attn import flops, functional, reference
 from sep_attn.convert import convert
 from sep_attn.export import decompositions
 from sep_attn.module import SeparableAttention
@@ -17,6 +17,7 @@ __all__ = [
     "__version__",
     "convert",
     "decompositions",
+    "flops",
     "functional",
     "patch",
     "reference",
