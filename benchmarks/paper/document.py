@@ -44,8 +44,8 @@ torch {header["torch"]}, timm {header["timm"]}, transformers {header["transforme
 linformer {header["linformer"]}, {header["date"][:10]}, commit {commit[:9]}\
 {" with uncommitted changes" if header["dirty"] else ""}.
 All weights are random, from a fixed seed: accuracy is not measured. Everything was held against
-float64 before it was timed. Times are medians of interleaved runs, in milliseconds; a shared machine
-moves them by a tenth to a third."""
+float64 before it was timed. Times are medians of interleaved runs, in milliseconds; a machine that
+is shared moves them by a tenth to a third."""
 
 
 def _sizes(result: Mapping[str, Any]) -> Iterator[str]:
@@ -104,13 +104,13 @@ def _latency(result: Mapping[str, Any]) -> Iterator[str]:
     )
     yield (
         "timm's `mobilevit_s` is the paper's MobileViT (9.9 ms); only its attention is exchanged. "
-        "The paper's 3.4 ms is at once its figure for separable attention and for the whole "
-        "MobileViTv2 x1.0, which also drops the fusion block and makes convolutions depthwise. "
-        "So it stands beside both: `mobilevit_s` with separable attention, where nothing else "
-        "differs, and `mobilevitv2_100`, the nearest in width (128, 192, 256 channels against "
-        f"144, 192, 240). At {size} x {size} its layers see {result['models'][0]['tokens']} tokens, "
-        "never more than Linformer's p = 256: projecting onto 256 tokens saves nothing there and "
-        "costs two products more, which may be why the paper's Linformer is no faster either."
+        "The paper calls what the exchange gives MobileViTv2, and that model's blocks differ in "
+        "more: no fusion block, depthwise convolutions. So the paper's 3.4 ms stands beside both: "
+        "`mobilevit_s` with separable attention, where nothing else differs, and "
+        "`mobilevitv2_100`, the nearest in width (128, 192, 256 channels against 144, 192, 240). "
+        f"At {size} x {size} their layers see {result['models'][0]['tokens']} tokens, never more "
+        "than Linformer's p = 256: projecting onto 256 tokens saves nothing there and costs two "
+        "products more, which may be why the paper's Linformer is no faster either."
     )
     for part, title in latency.PARTS.items():
         members = [row for row in rows if row["part"] == part]
@@ -196,7 +196,7 @@ def _figure(result: Mapping[str, Any]) -> Iterator[str]:
     yield "## Figure 1: one layer against the number of tokens k"
     yield (
         "d = 512, 8 heads, Linformer with p = 256, batch 1, one thread, float32, eager, as in the "
-        "paper, on another processor. The paper gives the curves without their numbers, so only "
+        "paper, on another processor. The paper draws its curves without their numbers, so only "
         "their order can be compared. Milliseconds:"
     )
     columns = {unit.key: unit.label for unit in units_over_tokens.UNITS}
@@ -214,7 +214,8 @@ def _figure(result: Mapping[str, Any]) -> Iterator[str]:
         k for k, r in ratios.items() if r["literal_eager"] >= min(r["sdpa_block"], r["linformer"])
     ]
     yield (
-        "In the paper separable attention is the fastest at every k. Here, in plain PyTorch, "
+        "In the paper's figure separable attention is the fastest throughout. Here, in plain "
+        "PyTorch, "
         + (
             "it is too, at every k measured."
             if not slower

@@ -1,9 +1,9 @@
 """The paper's Table 1: MobileViT with three attention units, and with this package's.
 
-timm's ``mobilevit_s`` keeps everything but its attention: that is what the paper says it exchanges.
-Its 3.4 ms, though, is also its figure for the whole MobileViTv2 x1.0, whose blocks differ in more
-(no fusion, depthwise convolutions), so ``mobilevitv2_100`` stands beside them. The two are nearest
-in width: 144, 192, 240 channels in their three stages against 128, 192, 256.
+timm's ``mobilevit_s`` keeps everything but its attention. The paper calls what that exchange gives
+MobileViTv2, whose blocks differ in more (no fusion, depthwise convolutions), so ``mobilevitv2_100``
+stands beside them, the nearest in width: 128, 192, 256 channels in its three stages against 144,
+192, 240.
 """
 
 from __future__ import annotations
