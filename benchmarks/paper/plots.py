@@ -80,12 +80,12 @@ def latencies(result: Mapping[str, Any], path: Path) -> None:
     """Whole models and attention layers, one panel for each part and number of images."""
     rows = [row for row in result["latency"] if row["milliseconds"] is not None]
     groups = dict(report.grouped(rows, "part", "batch", "threads"))
-    columns = max(1, len(groups) // len(latency.PARTS))
+    columns, size = max(1, len(groups) // len(latency.PARTS)), result["image_size"]
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
             -(-len(groups) // columns),
             columns,
-            figsize=(3.6 * columns + 2.4, 6.6),
+            figsize=(max(8.0, 3.6 * columns + 2.4), 6.6),
             layout="constrained",
             squeeze=False,
         )
@@ -98,7 +98,9 @@ def latencies(result: Mapping[str, Any], path: Path) -> None:
         for row in panels:
             for axes in row[1:]:
                 axes.set_yticklabels([])
-        _finish(figure, result, path, "MobileViT at 256 x 256 with each attention unit, float32")
+        for axes in panels.flat[len(groups) :]:  # as long as not all is measured
+            axes.set_axis_off()
+        _finish(figure, result, path, f"MobileViT at {size} x {size}, each attention unit, float32")
 
 
 def _draw_bars(axes: Axes, rows: list[Mapping[str, Any]]) -> None:
