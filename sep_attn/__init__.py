@@ -3,7 +3,8 @@
 Mehta and Rastegari, "Separable Self-attention for Mobile Vision Transformers" (2022).
 """
 
-from sep_attn import flops, functional, reference
+from sep_attn import flops as _flops  # noqa: F401  PyTorch's FLOP counter then knows the operators
+from sep_attn import functional, reference
 from sep_attn.convert import convert
 from sep_attn.export import decompositions
 from sep_attn.module import SeparableAttention
@@ -17,7 +18,6 @@ __all__ = [
     "__version__",
     "convert",
     "decompositions",
-    "flops",
     "functional",
     "patch",
     "reference",
