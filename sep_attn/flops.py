@@ -2,7 +2,7 @@
 
 ``torch.utils.flop_counter.FlopCounterMode`` counts matrix products and convolutions, two FLOPs a
 multiply-add, and sees nothing of what happens inside a custom operator. These formulas count the
-products of the pooled form (:mod:`sep_attn.pooled`): scores, weighted sum of the tokens, key
+products of the pooled form (``sep_attn.pooled``): scores, weighted sum of the tokens, key
 projection of each slice, value and output projection of each token, and their gradients.
 ``gate`` and its backward have no products: they count as nothing, as all pointwise work does.
 
