@@ -212,6 +212,6 @@ def test_the_report_says_what_was_found(quick: Path, result: dict) -> None:
     for row in other["figure"]:
         row["times_sep_attn"] = 0.5 if row["unit"] == "linformer" else 1.0
     changed = document(other)
-    assert "0.600 x 10^9 multiply-adds (paper 0.5, -16.7%)" in changed
+    assert "0.600 x 10^9 multiply-adds (paper 0.5; this count is +20.0% from it)" in changed
     assert "the paper's ratio is reached or passed" in changed
     assert "it is not at k = 64, 256" in changed

@@ -23,7 +23,7 @@ from benchmarks.paper import features, latency, plots, sizes, units_over_tokens
 from benchmarks.paper.document import document
 
 PARTS = ("sizes", "features", "figure", "latency")
-TIME_LIMIT = 540  # seconds, after which nothing more is compiled
+TIME_LIMIT = 480  # seconds, after which nothing more is compiled
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

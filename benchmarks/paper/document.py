@@ -76,8 +76,8 @@ def _sizes(result: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"{row['width']} differs from the paper in the last digit or more: "
             f"{row['parameters_m']:.3f} M parameters (paper {row['paper_parameters_m']:g}), "
-            f"{row['gmacs']:.3f} x 10^9 multiply-adds (paper {row['paper_gflops']:g}, "
-            f"{row['paper_gflops'] / row['gmacs'] - 1:+.1%}). We do not know why."
+            f"{row['gmacs']:.3f} x 10^9 multiply-adds (paper {row['paper_gflops']:g}; this count "
+            f"is {row['gmacs'] / row['paper_gflops'] - 1:+.1%} from it). We do not know why."
         )
     saved = [1 - row["patched_gmacs"] / row["gmacs"] for row in rows]
     yield (
@@ -123,6 +123,10 @@ def _latency(result: Mapping[str, Any]) -> Iterator[str]:
 
 def _latency_tables(rows: Sequence[Row]) -> Iterator[str]:
     for (mode,), members in report.grouped(rows, "mode"):
+        if all(row["milliseconds"] is None for row in members):
+            reasons = {row["status"] for row in members}
+            yield f"`torch.compile`: {'; '.join(sorted(reasons))}."
+            continue
         cases = list(dict(report.grouped(members, "batch", "threads")))
         columns = {f"{b} {t}": f"batch {b}, {report.threads(t)}" for b, t in cases}
         lines = []
@@ -143,7 +147,9 @@ def _cell(row: Row) -> str:
     if row["milliseconds"] is None:
         return ""
     ratio = row["times_faster_than_multi_head"]
-    return f"{row['milliseconds']:.3g}" + ("" if ratio is None else f" ({ratio:.2f}x)")
+    milliseconds = row["milliseconds"]
+    digits = f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
+    return digits + ("" if ratio is None else f" ({ratio:.2f}x)")
 
 
 def _latency_words(rows: Sequence[Row]) -> Iterator[str]:
