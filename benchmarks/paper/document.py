@@ -122,6 +122,7 @@ def _latency(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _latency_tables(rows: Sequence[Row]) -> Iterator[str]:
+    paper = PHONE if rows[0]["part"] == "model" else {}  # it has whole models only
     for (mode,), members in report.grouped(rows, "mode"):
         if all(row["milliseconds"] is None for row in members):
             reasons = {row["status"] for row in members}
@@ -131,13 +132,14 @@ def _latency_tables(rows: Sequence[Row]) -> Iterator[str]:
         columns = {f"{b} {t}": f"batch {b}, {report.threads(t)}" for b, t in cases}
         lines = []
         for (key,), own in report.grouped(members, "contender"):
-            line: dict[str, Any] = {"label": LABELS[key], "paper": PHONE.get(key)}
+            line: dict[str, Any] = {"label": LABELS[key], "paper": paper.get(key)}
             for row in own:
                 line[f"{row['batch']} {row['threads']}"] = _cell(row)
             lines.append(line)
         yield f"{'`torch.compile`' if mode == 'compiled' else 'Eager'}; in brackets, times as fast \
 as multi-head in the same run:"
-        yield report.markdown(lines, {"label": "model", "paper": "paper, phone", **columns})
+        phone = {"paper": "paper, phone"} if paper else {}
+        yield report.markdown(lines, {"label": "model", **phone, **columns})
         missing = {row["status"] for row in members if row["status"] != "timed"}
         if missing:
             yield f"Empty cells: {'; '.join(sorted(missing))}."
