@@ -14,7 +14,7 @@ CPP := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h')
 
 ABI_TORCH := 2.10.0 2.13.0
 
-.PHONY: help test sanitize test-neon fuzz bench microbench gpu lint format clean bench-cpu train docs wheel abi
+.PHONY: help test sanitize test-neon fuzz bench microbench gpu lint format clean bench-cpu train docs wheel abi paper
 
 help:
 	@echo "make test        the tests (no GPU, no network)"
@@ -24,6 +24,7 @@ help:
 	@echo "make bench       the benchmarks of README: OUT=$(OUT), at most 5 minutes"
 	@echo "make bench-cpu   the layer on this CPU beside its peers and its floor, at most 15 minutes"
 	@echo "make train       a ViT on handwritten digits with four kinds of attention, at most 10 minutes"
+	@echo "make paper       the paper's tables and figures on this machine, at most 12 minutes"
 	@echo "make microbench  pytest-benchmark over every kernel"
 	@echo "make gpu OUT=dir build, test and measure on a GPU with PYTHON as it is, no .venv"
 	@echo "make lint        ruff, mypy, clang-format; make format applies them"
@@ -77,6 +78,8 @@ bench-cpu: $(VENV)/built
 
 train: $(VENV)/built
 	$(BIN)/python -m benchmarks.train --out $(OUT)
+paper: $(VENV)/built
+	$(BIN)/python -m benchmarks.paper --out $(OUT)
 
 microbench: $(VENV)/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds

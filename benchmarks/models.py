@@ -48,6 +48,21 @@ def hugging_face_mobilevitv2(**options: Any) -> nn.Module:
         return model.eval()
 
 
+def hugging_face_segmentation(**options: Any) -> nn.Module:
+    """Hugging Face's MobileViTv2 with DeepLabv3's head in eval mode; ``[B, 3, H, W]`` to logits
+    ``[B, num_labels, H / 32, W / 32]``.
+
+    Args:
+        options: for ``MobileViTV2Config``, e.g. ``num_labels=21``.
+    """
+    modeling = _import(HUGGING_FACE_ATTENTION)
+    with _seeded():
+        config = modeling.MobileViTV2Config(**options)
+        model = modeling.MobileViTV2ForSemanticSegmentation(config)
+        _keep_signal_alive(model)
+        return model.eval()
+
+
 def timm_attention(embed_dim: int, **options: Any) -> nn.Module:
     """One ``LinearSelfAttention(embed_dim, attn_drop=0.0, proj_drop=0.0, bias=True)`` of timm."""
     mobilevit = _import(TIMM_ATTENTION)

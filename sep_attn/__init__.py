@@ -3,6 +3,7 @@
 Mehta and Rastegari, "Separable Self-attention for Mobile Vision Transformers" (2022).
 """
 
+from sep_attn import flops as _flops  # noqa: F401  PyTorch's FLOP counter then knows the operators
 from sep_attn import functional, reference
 from sep_attn.convert import convert
 from sep_attn.export import decompositions
