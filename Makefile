@@ -78,6 +78,7 @@ bench-cpu: $(VENV)/built
 
 train: $(VENV)/built
 	$(BIN)/python -m benchmarks.train --out $(OUT)
+
 paper: $(VENV)/built
 	$(BIN)/python -m benchmarks.paper --out $(OUT)
 
