@@ -137,3 +137,21 @@ def separable_attention_backward_flops(
     if need_weight_grad:
         flops += 2 * projection + key_projection + per_token
     return flops
+
+
+@_register("separable_attention_triton", "separable_attention_inference_triton")
+def separable_attention_triton_flops(
+    x: Shape, x_prev: Shape | None, *arguments: Any, **_: Any
+) -> int:
+    """As :func:`separable_attention_flops`."""
+    *_arguments, patch_h, patch_w = arguments
+    return _forward(x, x_prev, patch_h, patch_w)
+
+
+@_register("separable_attention_backward_triton")
+def separable_attention_backward_triton_flops(*arguments: Any, **_: Any) -> int:
+    """As :func:`separable_attention_backward_flops`, with the values computed again."""
+    *tensors, _dropout_p, act, patch_h, patch_w, need_input_grad, need_weight_grad = arguments
+    return separable_attention_backward_flops(
+        *tensors, (0,), act, patch_h, patch_w, need_input_grad, need_weight_grad
+    )

@@ -122,3 +122,11 @@ def test_a_patched_model_saves_the_key_projection_of_every_token() -> None:
         saved += 2 * slices * n * dim**2  # what is left is a projection a slice, and the pool
         saved -= 2 * slices * dim**2 + 2 * slices * n * dim
     assert len(inputs) == 9 and before - after == saved > 0
+
+
+def test_every_operator_with_products_has_a_formula() -> None:
+    from torch.utils.flop_counter import flop_registry
+
+    for name in dir(torch.ops.sep_attn):
+        if name.endswith(("_native", "_triton")) and not name.startswith("gate"):
+            assert getattr(torch.ops.sep_attn, name) in flop_registry, name
