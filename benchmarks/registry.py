@@ -7,6 +7,7 @@ function and each is held to it before it is timed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -144,12 +145,19 @@ def _build_compiled(weights: Weights) -> nn.Module:
     return module
 
 
+def _build_max_autotune(weights: Weights) -> nn.Module:
+    module = _with_weights(models.timm_attention(weights.dim), weights)
+    module.compile(mode="max-autotune")
+    return module
+
+
 @dataclass(frozen=True)
 class Contender:
     """A layer to measure.
 
     ``build`` gives a module with the parameters ``Weights``, on their device and in their dtype.
-    ``patches`` says that it takes ``[B, D, 1, N]``; otherwise it takes ``[B, N, D]``.
+    ``patches`` is P of the ``[B, D, P, N]`` that it takes, whose B P slices are ``[B P, N, D]``
+    elsewhere; 0 says that it takes ``[B, N, D]`` itself.
     ``scores_in_memory`` names the devices where its forward stores the N x N scores of each head.
     """
 
@@ -159,15 +167,17 @@ class Contender:
     color: str
     marker: str
     build: Callable[[Weights], nn.Module]
-    patches: bool = False
+    patches: int = 0
     scores_in_memory: tuple[str, ...] = ()
 
     def to_layout(self, x: Tensor) -> Tensor:
         """``[B, N, D]`` as the contender takes it, contiguous."""
-        return x.transpose(1, 2).unsqueeze(2).contiguous() if self.patches else x
+        if not self.patches:
+            return x
+        return x.unflatten(0, (-1, self.patches)).permute(0, 3, 1, 2).contiguous()
 
     def from_layout(self, x: Tensor) -> Tensor:
-        return x.squeeze(2).transpose(1, 2) if self.patches else x
+        return x.permute(0, 2, 3, 1).flatten(0, 1) if self.patches else x
 
     def peak_bytes(self, batch: int, tokens: int, dim: int, device: str, itemsize: int) -> int:
         """An upper estimate of the memory of one call, training included."""
@@ -220,7 +230,7 @@ CONTENDERS = {
             "#999999",
             "P",
             lambda weights: _with_weights(models.timm_attention(weights.dim), weights),
-            patches=True,
+            patches=1,
         ),
         Contender(
             "sep_attn",
@@ -237,10 +247,18 @@ CONTENDERS = {
             "#004D38",
             "o",
             lambda weights: _with_weights(SeparableAttention(weights.dim), weights),
-            patches=True,
+            patches=1,
         ),
     )
 }
+# Not among CONTENDERS: it is tuned anew for each shape, which takes minutes where there are many.
+TIMM_COMPILED = dataclasses.replace(
+    CONTENDERS["timm_eager"],
+    key="timm_compiled",
+    label='timm, torch.compile(mode="max-autotune")',
+    color="#555555",
+    build=_build_max_autotune,
+)
 OURS = "sep_attn"
 TOKEN_SWEEP = (
     "multihead_attention",
@@ -276,6 +294,34 @@ LAYER_SHAPES = (
     LayerShape(1, 4096, 128),
     LayerShape(1, 16384, 128),
     LayerShape(1, 4096, 512),
+)
+
+LARGE = 64 * 2**20  # values of a tensor that keeps a GPU busy and outgrows its caches
+
+
+def _large(tokens: int, dim: int) -> LayerShape:
+    """As many slices as make ``LARGE`` values or more."""
+    return LayerShape(-(-LARGE // (tokens * dim)), tokens, dim)
+
+
+# Measured on a GPU: slices that a program can do whole, slices that it cannot.
+SHORT_SLICES = (
+    *(_large(256, dim) for dim in (64, 128, 192, 256, 384, 512)),
+    _large(16, 256),
+    _large(64, 192),
+    _large(1024, 128),
+    _large(1024, 512),
+)
+LONG_SLICES = (
+    *(_large(65_536, dim) for dim in (64, 128, 256, 512)),
+    *(_large(2**20, dim) for dim in (64, 128, 256, 512)),
+)
+# The nine layers of mobilevitv2_100 at 256 x 256 pixels and batch 256, in four patches each.
+MOBILEVITV2_BATCH, MOBILEVITV2_PATCHES = 256, 4
+MOBILEVITV2_LAYERS = (
+    *[LayerShape(MOBILEVITV2_BATCH * MOBILEVITV2_PATCHES, 256, 128)] * 2,  # stage 3
+    *[LayerShape(MOBILEVITV2_BATCH * MOBILEVITV2_PATCHES, 64, 192)] * 4,  # stage 4
+    *[LayerShape(MOBILEVITV2_BATCH * MOBILEVITV2_PATCHES, 16, 256)] * 3,  # stage 5
 )
 
 
