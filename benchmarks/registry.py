@@ -7,7 +7,6 @@ function and each is held to it before it is timed.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -233,6 +232,15 @@ CONTENDERS = {
             patches=1,
         ),
         Contender(
+            "timm_compiled",
+            'timm, torch.compile(mode="max-autotune")',
+            SEPARABLE,
+            "#444444",
+            "X",
+            _build_max_autotune,
+            patches=1,
+        ),
+        Contender(
             "sep_attn",
             "sep_attn.SeparableAttention",
             SEPARABLE,
@@ -251,14 +259,6 @@ CONTENDERS = {
         ),
     )
 }
-# Not among CONTENDERS: it is tuned anew for each shape, which takes minutes where there are many.
-TIMM_COMPILED = dataclasses.replace(
-    CONTENDERS["timm_eager"],
-    key="timm_compiled",
-    label='timm, torch.compile(mode="max-autotune")',
-    color="#555555",
-    build=_build_max_autotune,
-)
 OURS = "sep_attn"
 TOKEN_SWEEP = (
     "multihead_attention",
