@@ -34,7 +34,7 @@ CASES = [
     Case((1, 1, 1)),
     Case((1, 37, 24), need_weights=True),
     Case((5, 5, 20), mask="random"),
-    Case((1, 37, 33), bias=False, value_act="identity"),
+    Case((1, 19, 33), bias=False, value_act="identity"),
     Case((2, 19, 16), mask="first_image", dropout_p=0.3, need_weights=True, grad="sum"),
     Case((2, 19, 16), prev_shape=(2, 21, 16), mask="random", dropout_p=0.2, need_weights=True),
     Case((1, 24, 4, 5), prev_shape=(1, 24, 4, 19)),

@@ -187,3 +187,64 @@ def test_a_new_length_compiles_nothing_new(tmp_path: Path) -> None:
     assert counts["layer"] == dict.fromkeys(LAYER_KERNELS, 1)
     # Slices of at most half a tile lie side by side, 2, 4 or 8 in a tile of 128 tokens.
     assert max(counts["layer of short slices"].values()) <= 3, counts
+
+
+LAUNCHES = """
+import types, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from sep_attn.triton_kernels import attention
+
+launched, through_triton = [], []
+
+class Launcher:
+    def __init__(self, source, metadata):
+        pass
+    def __call__(self, *arguments):
+        launched.append(arguments)
+
+class Driver:
+    launcher_cls = Launcher
+    utils = types.SimpleNamespace(
+        load_binary=lambda *_: (1, 2, 0, 0, 1024),
+        get_device_properties=lambda _: {"max_shared_mem": 232448},
+    )
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device):
+        return 7
+
+driver.set_active(Driver())
+run = JITFunction.run
+def counted(self, *args, **kwargs):
+    through_triton.append(self.fn.__name__)
+    return run(self, *args, **kwargs)
+JITFunction.run = counted
+
+def call(x):
+    launched.clear(), through_triton.clear()
+    weights = torch.zeros(33, 16).bfloat16(), torch.zeros(33).bfloat16()
+    out = torch.zeros(16, 16).bfloat16(), None
+    attention.separable_attention(x, None, *weights, *out, None, None, 0.0, "relu", 1, 1)
+    ((*first, stream, _, _, _, _, _), arguments) = launched[0][:9], launched[0][9:]
+    assert len(launched) == 1 and first == [1, 1, 1] and stream == 7
+    return [value.shape if isinstance(value, torch.Tensor) else value for value in arguments]
+
+x = torch.zeros(1, 40, 16).bfloat16()
+first = call(x)
+assert through_triton == ["slice_fwd_kernel"]
+assert call(x) == first and through_triton == []
+assert call(x.clone()) == first and through_triton == []
+moved = torch.zeros(641).bfloat16()[1:].view(1, 40, 16)  # begins at no multiple of 16 bytes
+call(moved)
+assert through_triton == ["slice_fwd_kernel"]
+print("ok")
+"""
+
+
+def test_later_launches_pass_the_same_without_triton(tmp_path: Path) -> None:
+    """With a driver that only writes down what it is to launch."""
+    assert run_without_interpreter(tmp_path, "-c", LAUNCHES).strip() == "ok"

@@ -22,6 +22,7 @@ float64 is served by :mod:`pooling`, :mod:`gating` and torch's products
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from sep_attn.layout import num_channels, token_shape, token_view
 from sep_attn.triton_kernels import fused, products, scoring
@@ -104,15 +106,35 @@ class Call(NamedTuple):
         return config_of(kernel, self.arch, self.itemsize, channels)
 
 
-class Launch(NamedTuple):
-    """A kernel, its programs and everything it is told but its tensors."""
+@dataclasses.dataclass(eq=False)
+class Launch:
+    """A kernel, its programs and everything it is told but its tensors.
+
+    Triton compiles by what the arguments are: of tensors, whether they are there, and whether they
+    begin at a multiple of 16 bytes. What was compiled for a call is kept, and launched at once by
+    the next call of the kind: to work that out takes Triton longer than a small layer's kernel.
+    """
 
     kernel: Any
     programs: int
     arguments: dict[str, Any]
+    compiled: dict[tuple[int, ...], CompiledKernel] = dataclasses.field(default_factory=dict)
 
-    def __call__(self, **tensors: Any) -> None:
-        self.kernel[(self.programs,)](**tensors, **self.arguments)
+    def __call__(self, device: torch.device, **tensors: Any) -> None:
+        grid = (self.programs, 1, 1)
+        kinds = [
+            int(value.data_ptr() % 16 == 0) if isinstance(value, Tensor) else 2 + (value is None)
+            for value in tensors.values()
+        ]
+        key = (-1 if device.index is None else device.index, *kinds)
+        compiled = self.compiled.get(key)
+        if compiled is None:
+            compiled = self.kernel[grid](**tensors, **self.arguments)
+            if isinstance(compiled, CompiledKernel):  # under the interpreter there is none
+                self.compiled[key] = compiled
+            return
+        given = self.arguments | tensors
+        compiled[grid](*[given[name] for name in self.kernel.arg_names])
 
 
 def call_of(x: Tensor, source: Tensor, act: str, patch_h: int, patch_w: int) -> Call:
@@ -409,12 +431,13 @@ def _forward(
     with on_device(x.device):
         if plan.path == "short":
             (whole,) = plan.launches
-            whole(weights_ptr=weights, **(scoring_tensors | value_tensors))
+            whole(x.device, weights_ptr=weights, **(scoring_tensors | value_tensors))
             return out, weights, statistics
         pool, combine, *rest = plan.launches
         partial = statistics.new_empty(plan.partials)
-        pool(scores_ptr=weights, partial_ptr=partial, **scoring_tensors)
+        pool(x.device, scores_ptr=weights, partial_ptr=partial, **scoring_tensors)
         combine(
+            x.device,
             partial_ptr=partial,
             qkv_weight_ptr=qkv_weight,
             qkv_bias_ptr=qkv_bias,
@@ -423,7 +446,7 @@ def _forward(
             statistics_ptr=statistics,
         )
         if plan.path == "long":
-            rest[0](**value_tensors)
+            rest[0](x.device, **value_tensors)
             return out, weights, statistics
         gated = torch.empty_like(out)
         _multiply(
@@ -446,7 +469,7 @@ def _multiply(
         ("slice_ptr", "weights_ptr", "grad_scores_ptr", "score_weight_ptr", "seed_ptr")
     )
     tensors = nothing | {"row_size": 0, "dropout_p": 0.0} | pool
-    launch(a_ptr=a, weight_ptr=weight, bias_ptr=bias, out_ptr=out, **tensors)
+    launch(a.device, a_ptr=a, weight_ptr=weight, bias_ptr=bias, out_ptr=out, **tensors)
 
 
 def _check(dtype: torch.dtype, channels: int) -> None:
@@ -529,7 +552,8 @@ def _value_gate_weights(call: Call, operands: Operands) -> tuple[int, Launch]:
         **_options(config),
         "split_tiles": split_tiles,
         "slices": operands.slices,
-        "CHUNKS": chunk_widths(operands.channels),
+        # In one piece: narrow ones leave the tensor cores' wide instruction no 64 rows.
+        "CHUNKS": (_padded(operands.channels),),
         "ACT": call.act,
         "PRECISION": call.precision,
         "BLOCK_E": block,
@@ -723,19 +747,19 @@ def separable_attention_backward(
     with on_device(x.device):
         if at_once is not None:
             weight_partial = statistics.new_empty((plan.weight_splits, 2, channels, channels))
-            at_once(weight_partial_ptr=weight_partial, **value_tensors)
+            at_once(x.device, weight_partial_ptr=weight_partial, **value_tensors)
             both_grads = x.new_empty((2, channels, channels))
             _sum_parts(weight_partial, both_grads)
             grad_qkv_weight[1 + channels :].copy_(both_grads[0].T)
             grad_out_weight.copy_(both_grads[1])
         else:
             gated = torch.empty_like(x) if need_weight_grad else None
-            plan.values(gated_ptr=gated, **value_tensors)
+            plan.values(x.device, gated_ptr=gated, **value_tensors)
             if gated is not None:
                 weight_partial = statistics.new_empty((plan.weight_splits, channels, channels))
-                plan.out_weight(a_ptr=grad_out, b_ptr=gated, partial_ptr=weight_partial)
+                plan.out_weight(x.device, a_ptr=grad_out, b_ptr=gated, partial_ptr=weight_partial)
                 _sum_parts(weight_partial, grad_out_weight)
-                plan.value_weight(a_ptr=grad_v, b_ptr=x, partial_ptr=weight_partial)
+                plan.value_weight(x.device, a_ptr=grad_v, b_ptr=x, partial_ptr=weight_partial)
                 _sum_parts(weight_partial, grad_qkv_weight[1 + channels :])
         # Per slice, [S, D] and smaller: torch's sums and products, in float32.
         grad_context = partial[:, :slots].unflatten(0, (-1, band_tiles)).sum(1)
@@ -754,6 +778,7 @@ def separable_attention_backward(
         grad_scores = torch.empty_like(weights)
         score_partial = statistics.new_empty((plan.source.programs, channels + 1))
         plan.source(
+            x.device,
             source_ptr=source,
             score_weight_ptr=qkv_weight,
             weights_ptr=weights,

@@ -79,14 +79,6 @@ OTHER: Mapping[str, Rows] = {
     "source_bwd_kernel": _POOL,
 }
 
-_POOL_SM_90: Rows = {
-    64: (64, 0, 4, 3),
-    128: (32, 0, 4, 3),
-    256: (16, 0, 4, 3),
-    512: (8, 0, 4, 3),
-    1024: (8, 0, 8, 2),
-    None: (4, 0, 8, 2),
-}
 _FUSED_SM_90: Rows = {
     64: (128, 64, 8, 3),
     128: (128, 64, 8, 3),
@@ -96,13 +88,31 @@ _FUSED_SM_90: Rows = {
 }
 SM_90: Mapping[str, Rows] = {
     "slice_fwd_kernel": _FUSED_SM_90,
-    "score_pool_fwd_kernel": _POOL_SM_90,
+    "score_pool_fwd_kernel": {
+        64: (64, 0, 4, 3),
+        128: (64, 0, 8, 3),
+        256: (32, 0, 8, 3),
+        512: (16, 0, 8, 3),
+        1024: (8, 0, 8, 2),
+        None: (4, 0, 8, 2),
+    },
     "value_gate_output_fwd_kernel": _FUSED_SM_90,
     "token_product_kernel": {64: (128, 64, 4, 3), None: (128, 128, 8, 3)},
     "value_gate_bwd_kernel": {None: (128, 64, 8, 3)},
-    "value_gate_weights_bwd_kernel": {64: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
+    "value_gate_weights_bwd_kernel": {
+        32: (64, 32, 8, 3),
+        64: (128, 32, 8, 3),
+        256: (64, 32, 8, 2),
+    },
     "weight_grad_kernel": {None: (64, 128, 8, 3)},
-    "source_bwd_kernel": _POOL_SM_90,
+    "source_bwd_kernel": {
+        64: (64, 0, 4, 3),
+        128: (32, 0, 4, 3),
+        256: (16, 0, 4, 3),
+        512: (8, 0, 4, 3),
+        1024: (8, 0, 8, 2),
+        None: (4, 0, 8, 2),
+    },
     "token_product_kernel.float32": {None: (128, 64, 8, 3)},
     "value_gate_bwd_kernel.float32": {None: (64, 64, 8, 2)},
     "weight_grad_kernel.float32": {None: (32, 64, 8, 3)},
