@@ -34,7 +34,11 @@ TESTS = (
     "tests/test_triton_kernels.py",
 )
 SANITIZER = "compute-sanitizer"  # NVIDIA's, of the CUDA toolkit
-SANITIZER_TESTS = ("tests/test_triton_attention.py", "-k", "every_path_in_float16 or tiles_of_the_table")
+SANITIZER_TESTS = (
+    "tests/test_triton_attention.py",
+    "-k",
+    "every_path_in_float16 or tiles_of_the_table",
+)
 TEST_WORKERS = 8
 TAIL_LINES = 25  # of a failed step's output, printed
 
