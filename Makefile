@@ -8,13 +8,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: help test bench microbench gpu lint format clean
+.PHONY: help test bench microbench gpu tune lint format clean
 
 help:
 	@echo "make test        the tests (no GPU, no network)"
 	@echo "make bench       the benchmarks of README: OUT=$(OUT), at most 5 minutes"
 	@echo "make microbench  pytest-benchmark over every kernel"
 	@echo "make gpu OUT=dir build, test and measure on a GPU with PYTHON as it is, no .venv"
+	@echo "make tune        on a GPU: measure the kernels' configurations and write their table"
 	@echo "make lint        ruff, mypy, clang-format; make format applies them"
 
 # torch goes first: this pin finds the CPU build where one lies at hand, the CUDA build elsewhere.
@@ -40,6 +41,9 @@ microbench: $(VENV)/built
 
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out $(OUT)
+
+tune:
+	$(PYTHON) -m benchmarks.tune --json $(OUT)/tune.json
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

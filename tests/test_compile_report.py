@@ -53,6 +53,10 @@ def test_good_row_breaks_no_rule() -> None:
         ({"hgmma": 0}, "a product in half precision without HGMMA"),
         ({"shared_bytes": 300_000}, "300000 bytes of shared memory"),
         ({"load_128": 0}, "none of its 9 loads takes 16 bytes"),
+        (
+            {"load_128": 0, "config": "bfloat16 [B,D,P,N] D=512 tokens_wide BLOCK_N=8"},
+            "none of its 9 loads takes 16 bytes",
+        ),
     ],
 )
 def test_bad_rows_break_a_rule(change: dict[str, Any], fault: str) -> None:
@@ -67,6 +71,7 @@ def test_bad_rows_break_a_rule(change: dict[str, Any], fault: str) -> None:
         {"hgmma": 0, "products": False},
         {"hgmma": None, "spill_bytes": 16, "target": "sm_80"},
         {"load_128": 0, "config": GOOD["config"].replace("channels_wide", "channels")},
+        {"load_128": 0, "config": "bfloat16 [B,D,P,N] D=1280 tokens_wide BLOCK_N=4", "hgmma": 1},
     ],
 )
 def test_rules_hold_where_they_apply(change: dict[str, Any]) -> None:
