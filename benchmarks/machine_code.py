@@ -176,7 +176,8 @@ def in_memory(values: Tensor, memory: str) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class LayerCase:
-    """A forward and a backward pass of the whole layer; ``path`` forces the kernels of a path."""
+    """A forward and a backward pass of the whole layer; ``path`` forces the kernels of a path, and
+    ``at_once=False`` the backward of wide layers."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -188,6 +189,7 @@ class LayerCase:
     cross: bool = False
     grad_weights: bool = False
     backward: bool = True
+    at_once: bool = True
     need_weight_grad: bool = True
 
     def __str__(self) -> str:
@@ -207,9 +209,11 @@ def launch_layer(case: LayerCase, target_name: str) -> None:
     attention._plan_forward.cache_clear()
     attention._plan_backward.cache_clear()
     path_of = (lambda *_: case.path) if case.path else attention.path_of
+    most_at_once = attention.MOST_FUSED_BACKWARD_CHANNELS if case.at_once else {2: 0, 4: 0}
     with (
         mock.patch.object(attention, "architecture", lambda _: target_name),
         mock.patch.object(attention, "path_of", path_of),
+        mock.patch.object(attention, "MOST_FUSED_BACKWARD_CHANNELS", most_at_once),
     ):
         out, weights, statistics = attention.separable_attention(
             x, x_prev, qkv_weight, qkv_bias, out_weight, out_bias, mask, seed, *options

@@ -77,6 +77,7 @@ def layer(dtype: torch.dtype) -> list[LayerCase]:
     """Every kernel of the fused layer in the three layouts, and where registers are scarcest."""
     return [
         LayerCase((2, 2048, 128), dtype),
+        LayerCase((2, 2048, 128), dtype, at_once=False),
         LayerCase((2, 192, 4, 256), dtype, "short", patch=(4, 1), masked=True, dropout=True),
         LayerCase((2, 256, 8, 8), dtype, "short", patch=(2, 2), backward=False),
         LayerCase((2, 512, 512), dtype, "short", backward=False),
@@ -89,6 +90,7 @@ def layer_few(dtype: torch.dtype) -> list[LayerCase]:
     """Every kernel of the fused layer once."""
     return [
         LayerCase((2, 2048, 128), dtype),
+        LayerCase((2, 2048, 128), dtype, at_once=False),
         LayerCase((2, 64, 64), dtype, "short", backward=False),
     ]
 
