@@ -4,7 +4,8 @@
 no GPU is needed. It prints a row each and fails if one breaks the rules of :func:`broken_rules`.
 
 ``config`` names the dtype, D, the layout of tokens in memory and the tile; ``registers`` are those
-of a thread; ``hgmma`` counts the instructions of sm_90's tensor cores, and is null elsewhere;
+of a thread; ``hgmma`` counts the instructions of sm_90's tensor cores, and is null elsewhere
+(products in float32 have none, for they are not rounded to TF32 unless torch allows it);
 ``load_128`` and ``load_narrow`` count global loads of 16 bytes and of fewer.
 """
 

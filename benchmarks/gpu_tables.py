@@ -406,7 +406,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     settings = Settings(device, dtype, options.seconds, rates)
     rows = write_table(options.table, TABLES[options.table](settings), header, rates, options.out)
-    return 1 if any(f"{OURS}: refused" in row["status"] for row in rows) else 0
+    ours_wrong = any(f"{key}: " in row["status"] for row in rows for key in (OURS, OURS_PATCHES))
+    return 1 if ours_wrong else 0
 
 
 if __name__ == "__main__":
