@@ -138,3 +138,10 @@ def test_report_on_a_part(tmp_path: Path) -> None:
     # The layouts of ViTs and of MobileViTv2.
     assert "channels_wide" in process.stdout and "tokens_wide" in process.stdout
     assert "0 rules broken" in process.stdout
+
+
+def test_committed_report_breaks_no_rule() -> None:
+    rows = json.loads((REPOSITORY / "benchmarks/results/compile_report.json").read_text())
+    assert {row["target"] for row in rows} == set(compile_report.TARGETS)
+    assert all(tuple(row) == compile_report.KEYS for row in rows)
+    assert compile_report.broken_rules(rows) == []
