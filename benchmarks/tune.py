@@ -2,7 +2,9 @@
 
 ``make tune``, or ``python -m benchmarks.tune --json FILE [--kernels ..] [--channels ..]``, on the
 GPU whose table in ``sep_attn/triton_kernels/configs.py`` is to be written; ``--dry-run`` prints the
-rows and writes no table. Nobody else ever waits for it.
+rows and writes no table. All kernels at all D are some 9,000 compilations, hours; the table is
+written after each kernel, and ``--kernels`` and ``--channels`` take a part. A kernel's last row
+reaches as far as the layer calls it, whatever D were measured.
 
 A candidate is timed by the whole pass that its kernel is part of, in turns with the others, after
 its result was held against float64. Where several numbers of channels do as well with one
@@ -15,7 +17,6 @@ import argparse
 import ast
 import functools
 import itertools
-import json
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -58,24 +59,21 @@ Timings = Mapping[Config, float]
 Winners = dict[int | None, Config]
 
 
+def reach(kernel: str, itemsize: int) -> int | None:
+    """The largest D that the layer calls a kernel for; None where there is no such limit."""
+    if kernel in ("slice_fwd_kernel", "value_gate_output_fwd_kernel"):
+        return configs.MOST_FUSED_CHANNELS[itemsize]
+    if kernel == "value_gate_weights_bwd_kernel":
+        return configs.MOST_FUSED_BACKWARD_CHANNELS[itemsize]
+    return None
+
+
 def serves(kernel: str, itemsize: int, channels: int) -> bool:
     """Whether the layer calls a kernel at all for D = ``channels``."""
-    if kernel in ("slice_fwd_kernel", "value_gate_output_fwd_kernel"):
-        return channels <= configs.MOST_FUSED_CHANNELS[itemsize]
-    if kernel == "value_gate_weights_bwd_kernel":
-        return channels <= configs.MOST_FUSED_BACKWARD_CHANNELS[itemsize]
     if kernel == "weight_grad_kernel":
         return channels > configs.MOST_FUSED_BACKWARD_CHANNELS[itemsize]
-    return True
-
-
-def ends_open(kernel: str) -> bool:
-    """Whether a kernel's last row holds for every larger D."""
-    return kernel not in (
-        "slice_fwd_kernel",
-        "value_gate_output_fwd_kernel",
-        "value_gate_weights_bwd_kernel",
-    )
+    end = reach(kernel, itemsize)
+    return end is None or channels <= end
 
 
 def candidates(kernel: str, channels: int) -> list[Config]:
@@ -115,7 +113,7 @@ def choose_rows(
     measured: Mapping[int, Timings],
     *,
     current: Callable[[int], Config | None] = lambda _: None,
-    open_end: bool,
+    end: int | None,
     slack: float = SLACK,
 ) -> Winners:
     """The rows of a table: as few as serve every measured D within ``slack`` of its fastest.
@@ -126,7 +124,7 @@ def choose_rows(
     Args:
         measured: D -> configuration -> seconds.
         current: what is picked for a D now, if anything.
-        open_end: whether the last row is to hold for every larger D (``None``).
+        end: the D that the last row is to reach; None for every larger D.
     """
     rows: Winners = {}
     group: list[int] = []
@@ -148,8 +146,7 @@ def choose_rows(
         good.append(own)
     if group:
         close()
-        if open_end:
-            rows[None] = rows.pop(group[-1])
+        rows[end] = rows.pop(group[-1])
     return rows
 
 
@@ -202,6 +199,14 @@ def with_table(source: str, architecture: str, tuned: Mapping[str, Winners]) -> 
     else:
         lines[old.lineno - 1 : old.end_lineno] = [block]
     return "".join(lines)
+
+
+def write_table(path: Path, architecture: str, tuned: Mapping[str, Winners]) -> None:
+    """Writes rows into ``configs.py`` and formats it, where ruff is at hand."""
+    path.write_text(with_table(path.read_text(), architecture, tuned))
+    if shutil.which("ruff"):
+        subprocess.run(["ruff", "format", "--quiet", str(path)], check=True)
+    print(f"{path}: the table of {architecture} is written; make test and compile_report check it")
 
 
 # On a GPU: every candidate has plans of its own, so that candidates can take turns.
@@ -326,7 +331,7 @@ def tune(
         if measured:
             current = functools.partial(_current, kernel, arch, itemsize)
             name = kernel if itemsize == 2 else f"{kernel}.float32"
-            tuned[name] = choose_rows(measured, current=current, open_end=ends_open(kernel))
+            tuned[name] = choose_rows(measured, current=current, end=reach(kernel, itemsize))
     return tuned
 
 
@@ -364,20 +369,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arch = configs.architecture(device)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     keep = functools.partial(_write_figures, options.json, environment.describe(device), [])
-    tuned = tune(
-        options.kernels,
-        sorted(options.channels),
-        options.itemsizes,
-        arch,
-        functools.partial(measure_one_on, device, options.seconds),
-        keep=keep,
-    )
-    print(json.dumps({kernel: str(rows) for kernel, rows in tuned.items()}, indent=1))
-    if not options.dry_run:
-        TABLE_FILE.write_text(with_table(TABLE_FILE.read_text(), arch, tuned))
-        if shutil.which("ruff"):
-            subprocess.run(["ruff", "format", "--quiet", str(TABLE_FILE)], check=True)
-        print(f"{TABLE_FILE}: the table of {arch} is written; now make test and compile_report")
+    measure_one = functools.partial(measure_one_on, device, options.seconds)
+    for kernel in options.kernels:
+        dims, itemsizes = sorted(options.channels), options.itemsizes
+        tuned = tune([kernel], dims, itemsizes, arch, measure_one, keep=keep)
+        print("".join(f'"{name}": {rows_text(rows)}\n' for name, rows in tuned.items()))
+        if not options.dry_run:
+            write_table(TABLE_FILE, arch, tuned)
     return 0
 
 

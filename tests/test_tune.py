@@ -23,7 +23,7 @@ A, B, C = Config(64, 32, 4, 2), Config(128, 64, 8, 3), Config(128, 128, 8, 2)
 
 
 def test_the_fastest_wins() -> None:
-    rows = tune.choose_rows({64: {A: 2.0, B: 1.0}, 512: {A: 1.0, B: 2.0}}, open_end=False)
+    rows = tune.choose_rows({64: {A: 2.0, B: 1.0}, 256: {A: 1.0, B: 2.0}}, end=512)
     assert rows == {64: B, 512: A}
 
 
@@ -34,26 +34,26 @@ def test_rows_are_shared_where_one_configuration_does_as_well() -> None:
         256: {A: 1.50, B: 1.01, C: 1.00},
         512: {A: 1.00, B: 1.50, C: 1.50},
     }
-    assert tune.choose_rows(measured, open_end=True) == {256: B, None: A}
-    assert tune.choose_rows(measured, open_end=True, slack=0.0) == {64: A, 128: B, 256: C, None: A}
+    assert tune.choose_rows(measured, end=None) == {256: B, None: A}
+    assert tune.choose_rows(measured, end=None, slack=0.0) == {64: A, 128: B, 256: C, None: A}
 
 
 def test_what_was_picked_until_now_stays_where_it_is_as_good() -> None:
     measured = {64: {A: 1.00, B: 1.01}, 128: {A: 1.00, B: 1.01}}
-    assert tune.choose_rows(measured, open_end=True) == {None: A}
-    assert tune.choose_rows(measured, current=lambda _: B, open_end=True) == {None: B}
-    assert tune.choose_rows(measured, current=lambda _: C, open_end=True) == {None: A}
+    assert tune.choose_rows(measured, end=None) == {None: A}
+    assert tune.choose_rows(measured, current=lambda _: B, end=None) == {None: B}
+    assert tune.choose_rows(measured, current=lambda _: C, end=None) == {None: A}
 
 
 def test_ties_do_not_depend_on_order() -> None:
     for timings in ({A: 1.0, B: 1.0}, {B: 1.0, A: 1.0}):
-        assert tune.choose_rows({64: timings}, open_end=False) == {64: A}
+        assert tune.choose_rows({64: timings}, end=64) == {64: A}
 
 
 def test_nothing_measured() -> None:
-    assert tune.choose_rows({}, open_end=True) == {}
+    assert tune.choose_rows({}, end=None) == {}
     with pytest.raises(ValueError, match="no candidate ran"):
-        tune.choose_rows({64: {}}, open_end=True)
+        tune.choose_rows({64: {}}, end=None)
 
 
 def load(path: Path) -> ModuleType:
@@ -84,8 +84,10 @@ def test_the_table_is_written_and_read_again(arch: str, tmp_path: Path) -> None:
         if place not in written_for:
             assert module.config_of(*place, choice.channels_from) == choice.config
     assert set(module.TABLES) == {*configs.TABLES, arch}
-    # A second writing changes nothing.
+    # A second writing changes nothing, nor does formatting.
     assert tune.with_table(written, arch, tuned) == written
+    tune.write_table(path, arch, tuned)
+    assert path.read_text() == written
     assert max(map(len, written.splitlines())) <= 100
 
 
@@ -98,10 +100,8 @@ def test_every_kernel_of_the_table_can_be_tuned() -> None:
             found = tune.candidates(kernel, dim)
             assert len(set(found)) == len(found) > 1
             assert tune.workload(kernel, dim).dim == dim
-        # A closed table must reach as far as the kernel is called.
-        if not tune.ends_open(kernel):
-            rows = configs.rows_of(kernel, "other", 2)
-            assert max(served) == max(most for most in rows if most is not None)
+        rows = configs.rows_of(kernel, "other", 2)
+        assert list(rows)[-1] == tune.reach(kernel, 2)
     assert Config(128, 64, 8, 2) in tune.candidates("slice_fwd_kernel", 256)
 
 
@@ -116,7 +116,7 @@ def test_tuning_measures_what_is_called_and_keeps_every_figure() -> None:
     kernels = ("slice_fwd_kernel", "token_product_kernel")
     tuned = tune.tune(kernels, (64, 128, 768), (2, 4), "any", measure_one, keep=kept.append)
     assert tuned == {
-        "slice_fwd_kernel": {64: B},
+        "slice_fwd_kernel": {512: B},
         "slice_fwd_kernel.float32": {64: B},
         "token_product_kernel": {None: B},
         "token_product_kernel.float32": {None: B},
