@@ -14,7 +14,7 @@ CPP := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h')
 
 ABI_TORCH := 2.10.0 2.13.0
 
-.PHONY: help test sanitize test-neon fuzz bench microbench gpu lint format clean bench-cpu train docs wheel abi paper
+.PHONY: help test sanitize test-neon fuzz bench microbench gpu lint format clean bench-cpu train docs wheel abi paper tune
 
 help:
 	@echo "make test        the tests (no GPU, no network)"
@@ -27,6 +27,7 @@ help:
 	@echo "make paper       the paper's tables and figures on this machine, at most 12 minutes"
 	@echo "make microbench  pytest-benchmark over every kernel"
 	@echo "make gpu OUT=dir build, test and measure on a GPU with PYTHON as it is, no .venv"
+	@echo "make tune        on a GPU: measure the kernels' configurations and write their table"
 	@echo "make lint        ruff, mypy, clang-format; make format applies them"
 	@echo "make docs        the API reference, build/docs/index.html"
 	@echo "make wheel       sdist and wheel, in dist/"
@@ -87,6 +88,9 @@ microbench: $(VENV)/built
 
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out $(OUT)
+
+tune:
+	$(PYTHON) -m benchmarks.tune --json $(OUT)/tune.json
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

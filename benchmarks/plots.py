@@ -190,6 +190,61 @@ def _duration(milliseconds: float, _: object) -> str:
     return f"{milliseconds:g} ms" if milliseconds >= 1 else f"{milliseconds * 1000:g} µs"
 
 
+def gpu_table(name: str, result: Mapping[str, Any], path: Path) -> None:
+    """Draws a table of :mod:`benchmarks.gpu_tables` that has a picture: ``floor`` as bars, times
+    against the number of tokens for ``attention``; nothing for the others."""
+    rows = [row for row in result["rows"] if row["status"] == "timed"]
+    draw = {"floor": _draw_floor, "attention": _draw_attention}.get(name)
+    if draw is None or not rows:
+        return
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(9, 5.4), layout="constrained")
+        draw(axes, rows)
+        header = result["environment"]
+        caption = f"{environment.machine_line(dict(header))}, {header['date'][:10]}. Medians."
+        figure.supxlabel(caption, fontsize=8.5, color="#666666", x=0.01, ha="left")
+        figure.savefig(path, dpi=160)
+        plt.close(figure)
+
+
+def _draw_floor(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    names = [f"{row['slices']:,} x {row['tokens']:,} x {row['dim']}" for row in rows]
+    colors = ["#009E73" if row["path"] == "short" else "#56B4E9" for row in rows]
+    axes.barh(names, [row["times floor"] for row in rows], color=colors)
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="#333333", lw=1.4, ls=":")
+    axes.axvline(rows[0]["target"], color="#D55E00", lw=1.4, ls="--")
+    axes.set_xlabel("time of a forward pass / floor (dotted: 1, dashed: target)")
+    axes.set_title("slices x tokens x D")
+
+
+def _draw_attention(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    for key in ("sdpa_block", OURS):
+        for alone, style in ((True, "-"), (False, "--")):
+            points = sorted(
+                (row["tokens"], row[f"{key} us"] / row["batch"])
+                for row in rows
+                if (row["batch"] == 1) == alone
+            )
+            if not points:
+                continue
+            contender, label = CONTENDERS[key], "batch 1" if alone else "large batch, an image"
+            axes.plot(
+                *zip(*points, strict=True),
+                style,
+                color=contender.color,
+                marker=contender.marker,
+                label=f"{contender.label}, {label}",
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens N")
+    axes.set_ylabel("microseconds of a forward pass")
+    axes.set_title(f"D = {rows[0]['dim']}, {rows[0]['heads']} heads")
+    axes.grid(True, which="major")
+    axes.legend(frameon=False, fontsize=9.5)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__)
     parser.add_argument("result", type=Path, help="token_sweep.json")

@@ -153,6 +153,12 @@ def _build_compiled(weights: Weights) -> nn.Module:
     return module
 
 
+def _build_max_autotune(weights: Weights) -> nn.Module:
+    module = _with_weights(models.timm_attention(weights.dim), weights)
+    module.compile(mode="max-autotune")
+    return module
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a layer takes the tokens ``[S, N, D]`` of S slices, and the way back."""
@@ -168,6 +174,15 @@ PATCHES = Layout(  # the slices of one image: [1, D, S, N]
     lambda x: x.permute(2, 0, 1).unsqueeze(0).contiguous(),
     lambda x: x.squeeze(0).permute(1, 2, 0),
 )
+
+
+def patches_layout(patches: int) -> Layout:
+    """``[B, D, P, N]`` of images with ``patches`` slices each, ``[B P, N, D]`` elsewhere."""
+    return Layout(
+        "[B, D, P, N]",
+        lambda x: x.unflatten(0, (-1, patches)).permute(0, 3, 1, 2).contiguous(),
+        lambda x: x.permute(0, 2, 3, 1).flatten(0, 1),
+    )
 
 
 def image_layout(tokens: int, patch_size: tuple[int, int]) -> Layout:
@@ -266,6 +281,15 @@ CONTENDERS = {
             layout=PATCHES,
         ),
         Contender(
+            "timm_max_autotune",
+            'timm, torch.compile(mode="max-autotune")',
+            SEPARABLE,
+            "#444444",
+            "D",
+            _build_max_autotune,
+            layout=PATCHES,
+        ),
+        Contender(
             "sep_attn",
             "sep_attn.SeparableAttention",
             SEPARABLE,
@@ -331,6 +355,34 @@ LAYER_SHAPES = (
     LayerShape(1, 4096, 128),
     LayerShape(1, 16384, 128),
     LayerShape(1, 4096, 512),
+)
+
+LARGE = 64 * 2**20  # values of a tensor that keeps a GPU busy and outgrows its caches
+
+
+def _large(tokens: int, dim: int) -> LayerShape:
+    """As many slices as make ``LARGE`` values or more."""
+    return LayerShape(-(-LARGE // (tokens * dim)), tokens, dim)
+
+
+# Measured on a GPU: slices that a program can do whole, slices that it cannot.
+SHORT_SLICES = (
+    *(_large(256, dim) for dim in (64, 128, 192, 256, 384, 512)),
+    _large(16, 256),
+    _large(64, 192),
+    _large(1024, 128),
+    _large(1024, 512),
+)
+LONG_SLICES = (
+    *(_large(65_536, dim) for dim in (64, 128, 256, 512)),
+    *(_large(2**20, dim) for dim in (64, 128, 256, 512)),
+)
+# The nine layers of mobilevitv2_100 at 256 x 256 pixels and batch 256, in four patches each.
+MOBILEVITV2_BATCH, MOBILEVITV2_PATCHES = 256, 4
+MOBILEVITV2_LAYERS = (
+    *[LayerShape(MOBILEVITV2_BATCH * MOBILEVITV2_PATCHES, 256, 128)] * 2,  # stage 3
+    *[LayerShape(MOBILEVITV2_BATCH * MOBILEVITV2_PATCHES, 64, 192)] * 4,  # stage 4
+    *[LayerShape(MOBILEVITV2_BATCH * MOBILEVITV2_PATCHES, 16, 256)] * 3,  # stage 5
 )
 
 

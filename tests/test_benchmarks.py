@@ -23,6 +23,7 @@ from benchmarks import (
     ceilings,
     environment,
     gpu,
+    gpu_tables,
     measure,
     plots,
     registry,
@@ -615,9 +616,26 @@ def test_gpu_leaves_out_what_no_time_is_left_for(tmp_path: Path) -> None:
     assert outcomes[0].status == "left out: no time was left"
 
 
+def test_gpu_leaves_out_a_step_whose_program_is_missing(tmp_path: Path) -> None:
+    step = gpu.Step("any", ("-c", ""), 30, under=("no-such-sanitizer",))
+    (outcome,) = gpu.run([step], tmp_path, time_limit=100, say=print)
+    assert outcome.status == "left out: no no-such-sanitizer here"
+    given = gpu.Step("env", ("-c", ""), 30, ("env", "-u", "FIRST"), {"FIRST": "1", "SECOND": "2"})
+    given = dataclasses.replace(
+        given, arguments=("-c", "import os; print(os.environ.get('FIRST'), os.environ['SECOND'])")
+    )
+    (outcome,) = gpu.run([given], tmp_path, time_limit=100, say=print)
+    assert outcome.status == "passed"
+    assert (tmp_path / "log.txt").read_text().rstrip().endswith("None 2")
+
+
 def test_gpu_steps_are_in_order_and_in_time(tmp_path: Path) -> None:
     names = [step.name for step in gpu.steps(tmp_path)]
-    assert names == ["build", "describe", "tests", "token_sweep", "microbench"]
+    assert names == [
+        *("build", "describe", "floor", "tests", "timm", "attention", "latency", "memory"),
+        *("sanitizer", "token_sweep", "microbench"),
+    ]
+    assert set(gpu_tables.TABLES) <= set(names)
     assert gpu.TIME_LIMIT < 9 * 60
     for test_file in gpu.TESTS:
         assert (environment.REPOSITORY / test_file).exists()

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.compile_report import SHARED_MEMORY, WARP
+
 pytest.importorskip("triton")
 
 TESTS = Path(__file__).parent
@@ -40,14 +42,6 @@ LAYER_KERNELS = {
     "weight_grad_kernel",
     "sum_parts_kernel",
 }
-# Bytes of shared memory a program can have, and threads of a warp.
-SHARED_MEMORY = {
-    "sm_80": 163 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "gfx942": 64 * 1024,
-}
-WARP = {"sm_80": 32, "sm_90": 32, "sm_100": 32, "gfx942": 64}
 LOADED = {"X_LAYOUT", "V_LAYOUT", "GRAD_Y_LAYOUT"}
 
 
@@ -116,7 +110,7 @@ def check_layer_resources(row: dict[str, Any]) -> None:
     if row["target"] != "sm_90":
         return
     assert row["spilled"] == 0
-    assert (row["hgmma"] > 0) == (row["products"] and row["itemsize"] == 2)
+    assert (row["hgmma"] > 0) == row["half_products"]
     if row["layouts"]:
         config = row["config"]
         depth = config.get("BLOCK_K", config["D"])

@@ -1,0 +1,210 @@
+"""What each kernel of the fused layer must move and compute, and the time that implies.
+
+``python -m benchmarks.roofline`` prints it for the GPU workloads of :mod:`benchmarks.registry`, at
+the ceilings of an H100 or at those given. A kernel's time is the larger of its bytes at the rate of
+a copy and its operations at the rate of a product: a bound from below, for every tensor is counted
+once, as if whatever is read again came from a cache, and every operation runs on tensor cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks import registry, report
+from benchmarks.ceilings import GpuRates
+from benchmarks.registry import LayerShape
+from sep_attn.triton_kernels.configs import MOST_FUSED_BACKWARD_CHANNELS, MOST_FUSED_CHANNELS
+
+# Measured on an H100 (80 GB, SXM): a product in bfloat16, and a copy, read plus written.
+H100 = GpuRates(flops=798e12, bandwidth=3.0e12)
+
+FLOAT32 = 4  # bytes of a statistic
+# Passes over [S, N, D] that the paths of sep_attn.triton_kernels.attention cannot save.
+FORWARD_PASSES = {"short": 2, "long": 3, "wide": 5}
+SHORT_TOKENS = 1024  # a slice of up to so many tokens is to be read once
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one launch moves and computes; a multiplication and an addition are two operations."""
+
+    kernel: str
+    bytes: int
+    operations: int
+
+    def seconds(self, rates: GpuRates) -> float:
+        return max(self.bytes / rates.bandwidth, self.operations / rates.flops)
+
+
+def path_of(shape: LayerShape, itemsize: int) -> str:
+    """``"short"``, ``"long"`` or ``"wide"``: the path that fits a shape of many slices or tokens.
+
+    The launchers also send a few slices of up to 1,024 tokens through ``"long"``, where a program
+    a slice would leave the GPU idle.
+    """
+    if shape.dim > MOST_FUSED_CHANNELS[itemsize]:
+        return "wide"
+    return "short" if shape.tokens <= SHORT_TOKENS else "long"
+
+
+def forward_floor(shape: LayerShape, itemsize: int, rates: GpuRates) -> float:
+    """The least seconds of a forward pass: 2 S N D values moved while a slice stays on chip,
+    3 S N D when it does not, 5 S N D where D > 512; or 4 S N D^2 operations."""
+    values = shape.slices * shape.tokens * shape.dim
+    moved = FORWARD_PASSES[path_of(shape, itemsize)] * values * itemsize
+    return max(moved / rates.bandwidth, 4 * values * shape.dim / rates.flops)
+
+
+def forward_work(
+    shape: LayerShape, itemsize: int, *, path: str | None = None, keep_weights: bool = False
+) -> list[Work]:
+    """The launches of a forward pass.
+
+    Args:
+        shape: S slices of N tokens with D channels.
+        itemsize: bytes of a value.
+        path: of the launches; by default :func:`path_of`.
+        keep_weights: whether the softmax weights are stored, as training needs them.
+    """
+    tokens, slices, dim = shape.slices * shape.tokens, shape.slices, shape.dim
+    values, matrix = tokens * dim * itemsize, dim * dim * itemsize
+    statistics = slices * (2 * dim + 1) * FLOAT32
+    weights = tokens * FLOAT32 if keep_weights else 0
+    pool_operations, context_operations = 4 * tokens * dim, 2 * slices * dim * dim
+    product = 2 * tokens * dim * dim
+    path = path or path_of(shape, itemsize)
+    if path == "short":
+        return [
+            Work(
+                "slice_fwd_kernel",
+                2 * values + 3 * matrix + weights + statistics,
+                2 * product + pool_operations + context_operations,
+            )
+        ]
+    # One partial sum a slice at least; those of further splits are small and may stay in a cache.
+    partials = slices * (dim + 3) * FLOAT32
+    launches = [
+        Work("score_pool_fwd_kernel", values + weights + partials, pool_operations),
+        # Scores become weights.
+        Work(
+            "context_combine_kernel",
+            matrix + partials + statistics + 2 * weights,
+            context_operations,
+        ),
+    ]
+    context = slices * dim * FLOAT32
+    if path == "long":
+        bytes_moved = 2 * values + 2 * matrix + context
+        launches.append(Work("value_gate_output_fwd_kernel", bytes_moved, 2 * product))
+    else:
+        launches.append(Work("token_product_kernel", 2 * values + matrix + context, product))
+        launches.append(Work("token_product_kernel", 2 * values + matrix, product))
+    return launches
+
+
+def backward_work(shape: LayerShape, itemsize: int) -> list[Work]:
+    """The launches of a backward pass to x and all weights, those of torch on ``[S, D]`` left
+    out."""
+    tokens, slices, dim = shape.slices * shape.tokens, shape.slices, shape.dim
+    values, matrix = tokens * dim * itemsize, dim * dim * itemsize
+    weight_grad = dim * dim * FLOAT32
+    row, weights = slices * dim * FLOAT32, tokens * FLOAT32
+    product = 2 * tokens * dim * dim
+    if dim <= MOST_FUSED_BACKWARD_CHANNELS[itemsize]:
+        # Reads x and the gradient of out, writes that of v; the four products are value, dy, and
+        # the two gradients of weights.
+        launches = [
+            Work(
+                "value_gate_weights_bwd_kernel",
+                3 * values + 2 * matrix + 2 * row + 2 * weight_grad,
+                4 * product,
+            ),
+            Work("sum_parts_kernel", 2 * weight_grad + 2 * matrix, 2 * dim * dim),
+        ]
+    else:
+        # Writes the gated values too.
+        launches = [
+            Work("value_gate_bwd_kernel", 4 * values + 2 * matrix + 2 * row, 2 * product),
+        ]
+        for _ in ("output", "value"):
+            launches.append(Work("weight_grad_kernel", 2 * values + weight_grad, product))
+            launches.append(Work("sum_parts_kernel", weight_grad + matrix, dim * dim))
+    launches.append(Work("source_bwd_kernel", values + 2 * weights + row, 4 * tokens * dim))
+    # The product that gives dx, and the pool's two rank-one terms.
+    launches.append(
+        Work(
+            "token_product_kernel",
+            2 * values + matrix + 2 * weights + row,
+            product + 4 * tokens * dim,
+        )
+    )
+    return launches
+
+
+def layer_work(shape: LayerShape, itemsize: int, *, mode: str) -> list[Work]:
+    """All launches of a call, forward or forward and backward (``"training"``)."""
+    if mode == "forward":
+        return forward_work(shape, itemsize)
+    return forward_work(shape, itemsize, keep_weights=True) + backward_work(shape, itemsize)
+
+
+def layer_seconds(shape: LayerShape, itemsize: int, rates: GpuRates, *, mode: str) -> float:
+    """What the launches of a call take at these rates, one after another."""
+    return math.fsum(work.seconds(rates) for work in layer_work(shape, itemsize, mode=mode))
+
+
+def rows(
+    shapes: Sequence[LayerShape], itemsize: int, rates: GpuRates
+) -> list[dict[str, str | int | float]]:
+    """A row for each launch at each shape and in each mode."""
+    return [
+        {
+            "slices": shape.slices,
+            "tokens": shape.tokens,
+            "dim": shape.dim,
+            "pass": direction,
+            "kernel": work.kernel,
+            "megabytes": work.bytes / 1e6,
+            "gigaoperations": work.operations / 1e9,
+            "microseconds": work.seconds(rates) * 1e6,
+            "bound": (
+                "bytes"
+                if work.bytes / rates.bandwidth > work.operations / rates.flops
+                else "operations"
+            ),
+        }
+        for shape in shapes
+        for direction, launches in (
+            ("forward", forward_work(shape, itemsize)),
+            ("backward", backward_work(shape, itemsize)),
+        )
+        for work in launches
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
+    parser.add_argument(
+        "--flops", type=float, default=H100.flops, help="operations a second of a product"
+    )
+    parser.add_argument(
+        "--bandwidth", type=float, default=H100.bandwidth, help="bytes a second of a copy"
+    )
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
+    options = parser.parse_args(arguments)
+    rates = GpuRates(options.flops, options.bandwidth)
+    shapes = dict.fromkeys(
+        (*registry.SHORT_SLICES, *registry.LONG_SLICES, *registry.MOBILEVITV2_LAYERS)
+    )
+    found = rows(list(shapes), getattr(torch, options.dtype).itemsize, rates)
+    print(report.table(found, {name: name for name in found[0]}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

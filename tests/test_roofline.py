@@ -1,0 +1,107 @@
+"""The cost model against values counted by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import registry, roofline
+from benchmarks.ceilings import GpuRates
+from benchmarks.registry import LayerShape
+from benchmarks.roofline import Work
+
+SMALL = LayerShape(2, 3, 8)  # 6 tokens, 48 values
+WIDE = LayerShape(1, 2, 1024)
+
+
+def test_short_slice_reads_x_once() -> None:
+    # x and out: 96 values of 2 bytes; three matrices of 64; 17 statistics a slice in float32.
+    # Products: 2 x 2 x 6 x 64; scores and pool: 2 x 2 x 6 x 8; W_K: 2 x 2 x 64.
+    forward = Work("slice_fwd_kernel", 192 + 384 + 2 * 17 * 4, 1536 + 192 + 256)
+    assert roofline.forward_work(SMALL, 2) == [forward]
+    (training,) = roofline.forward_work(SMALL, 2, keep_weights=True)
+    assert training.bytes == forward.bytes + 6 * 4
+
+
+def test_long_slices_read_x_twice() -> None:
+    pool, combine, values = roofline.forward_work(SMALL, 2, path="long")
+    assert pool == Work("score_pool_fwd_kernel", 96 + 2 * 11 * 4, 192)
+    assert combine == Work("context_combine_kernel", 128 + 2 * 11 * 4 + 2 * 17 * 4, 256)
+    assert values == Work("value_gate_output_fwd_kernel", 192 + 256 + 2 * 8 * 4, 1536)
+
+
+def test_wide_layers_pass_gated_values_through_memory() -> None:
+    kernels = roofline.forward_work(WIDE, 2)
+    assert [work.kernel for work in kernels[2:]] == ["token_product_kernel"] * 2
+    values, matrix = 2 * 1024 * 2, 1024 * 1024 * 2
+    assert kernels[2] == Work(
+        "token_product_kernel", 2 * values + matrix + 1024 * 4, 2 * 2 * 1024 * 1024
+    )
+    assert kernels[3].bytes == 2 * values + matrix
+
+
+@pytest.mark.parametrize(
+    "shape, passes", [(LayerShape(64, 256, 128), 6), (LayerShape(4, 256, 1024), 11)]
+)
+def test_backward_counts_its_passes(shape: LayerShape, passes: int) -> None:
+    """Without weights and statistics, whose share falls with the number of tokens."""
+    more = LayerShape(1000 * shape.slices, shape.tokens, shape.dim)
+    values = 999 * shape.slices * shape.tokens * shape.dim * 2
+    work, much = roofline.backward_work(shape, 2), roofline.backward_work(more, 2)
+    added = sum(one.bytes for one in much) - sum(one.bytes for one in work)
+    assert passes <= added / values <= passes * 1.03
+    # Recomputed values, dy, two gradients of weights, dx: five products; the pool adds 8 a value.
+    operations = sum(one.operations for one in much) - sum(one.operations for one in work)
+    per_token = 10 * shape.dim**2 + 8 * shape.dim
+    assert operations == 999 * shape.slices * shape.tokens * per_token
+
+
+def test_fused_backward_by_hand() -> None:
+    first, sums, source, product = roofline.backward_work(SMALL, 2)
+    # Three tensors of 96 bytes, two matrices, context and its gradient, two sums in float32.
+    assert first == Work("value_gate_weights_bwd_kernel", 288 + 256 + 128 + 512, 4 * 768)
+    assert sums == Work("sum_parts_kernel", 512 + 256, 128)
+    assert source == Work("source_bwd_kernel", 96 + 48 + 64, 192)
+    assert product == Work("token_product_kernel", 192 + 128 + 48 + 64, 768 + 192)
+
+
+def test_a_kernel_takes_the_slower_of_bytes_and_operations() -> None:
+    work = Work("any", 100, 1000)
+    assert work.seconds(GpuRates(flops=1000, bandwidth=10)) == 10
+    assert work.seconds(GpuRates(flops=10, bandwidth=10)) == 100
+    seconds = roofline.layer_seconds(SMALL, 2, GpuRates(flops=1e30, bandwidth=1.0), mode="training")
+    launches = roofline.layer_work(SMALL, 2, mode="training")
+    assert seconds == sum(one.bytes for one in launches)
+
+
+def test_floor_of_the_forward_pass() -> None:
+    rates = GpuRates(flops=1e6, bandwidth=1e3)
+    assert roofline.forward_floor(LayerShape(4, 256, 64), 2, rates) == 2 * 4 * 256 * 64 * 2 / 1e3
+    assert roofline.forward_floor(LayerShape(1, 65_536, 64), 2, rates) == 3 * 2**22 * 2 / 1e3
+    products = GpuRates(flops=1.0, bandwidth=1e30)
+    assert roofline.forward_floor(WIDE, 2, products) == 4 * 2 * 1024**2
+    # On an H100 the layer is bound by its products from D = 512 on.
+    for dim, bound in ((256, 2 * 2**26 * 2 / 3.0e12), (512, 4 * 2**26 * 512 / 798e12)):
+        shape = LayerShape(2**26 // (256 * dim), 256, dim)
+        assert roofline.forward_floor(shape, 2, roofline.H100) == pytest.approx(bound)
+
+
+def test_no_floor_lies_above_its_launches() -> None:
+    for shape in (*registry.SHORT_SLICES, *registry.LONG_SLICES, *registry.MOBILEVITV2_LAYERS):
+        floor = roofline.forward_floor(shape, 2, roofline.H100)
+        launches = roofline.layer_seconds(shape, 2, roofline.H100, mode="forward")
+        assert floor <= launches * (1 + 1e-9) and launches <= 1.7 * floor, shape
+
+
+def test_workloads_are_what_they_say() -> None:
+    assert all(
+        shape.slices * shape.tokens * shape.dim >= registry.LARGE
+        for shape in (*registry.SHORT_SLICES, *registry.LONG_SLICES)
+    )
+    assert len(registry.MOBILEVITV2_LAYERS) == 9
+    assert {shape.tokens for shape in registry.LONG_SLICES} == {65_536, 2**20}
+
+
+def test_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert roofline.main(["--bandwidth", "2e12"]) == 0
+    printed = capsys.readouterr().out
+    assert "slice_fwd_kernel" in printed and "value_gate_weights_bwd_kernel" in printed
