@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What is missing ---------------------------------------------------------------------------------
 
+# An editable installation finds its own sep_attn._C for whichever sep_attn was imported.
 USE = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in str(finder)]
 import warnings, torch, sep_attn
 from sep_attn.__main__ import main
 with warnings.catch_warnings():
