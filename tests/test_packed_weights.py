@@ -280,3 +280,12 @@ def test_memory_made_in_inference_mode_serves_outside() -> None:
     expected = layer(x)
     with torch.inference_mode(False), torch.no_grad():
         assert torch.equal(layer(x.clone()), expected)
+
+
+@torch.no_grad()
+def test_the_same_bits_in_another_type_are_packed_anew() -> None:
+    layer, x = make_layer(torch.bfloat16), make_tokens(torch.float16)
+    layer(x.to(torch.bfloat16))
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.view(torch.float16)
+    assert torch.equal(layer(x), fresh(layer, x))

@@ -1,11 +1,12 @@
 // W_V and W_O packed into panels, kept from one call to the next in memory that the caller lends.
 // Every call compares a fingerprint of each panel's weights with that of the weights it was packed
-// from, so a change of the weights, made in whatever way, is never missed: reading them costs a
-// fifth of packing them.
+// from, so a change of the weights, made in whatever way, is seen; reading the weights costs
+// less than packing them, which transposes them.
 #pragma once
 
 #include <atomic>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 #include "products.h"
@@ -61,7 +62,8 @@ class PackedWeights {
 
   struct Header {
     std::atomic<uint32_t> in_use;  // 0 in memory that was never used
-    uint32_t layout;               // what the panels were packed for
+    uint32_t layout;               // what the panels were packed for: instruction set, type,
+    int64_t channels;              // and width
   };
 
  public:
@@ -88,9 +90,12 @@ class PackedWeights {
     }
     fingerprints_ = reinterpret_cast<char*>(header_) + kHeaderBytes;
     data_ = reinterpret_cast<T*>(fingerprints_ + 2 * panels_ * kFingerprintBytes);
-    constexpr uint32_t layout = kVectorBytes << 8 | kPanelWidth<T> << 16 | sizeof(S);
-    fresh_ = header_->layout != layout;
+    constexpr uint32_t bfloat16 = std::is_same<S, BFloat16>::value;  // as large as Float16
+    constexpr uint32_t layout =
+        bfloat16 << 31 | kPanelWidth<T> << 16 | kVectorBytes << 8 | sizeof(S);
+    fresh_ = header_->layout != layout || header_->channels != channels_;
     header_->layout = layout;
+    header_->channels = channels_;
   }
   ~PackedWeights() {
     if (header_ != nullptr) header_->in_use.store(0, std::memory_order_release);

@@ -25,7 +25,6 @@ class Team {
       new (&counters_[i]) Counter{};
     }
   }
-  int64_t workers() const { return workers_; }
 
  private:
   friend class Worker;
