@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from sep_attn import ops, reference
 from sep_attn.backends import resolve
-from sep_attn.layout import token_shape
+from sep_attn.layout import default_patch_size, token_shape
 from sep_attn.packed_weights import PackedWeights
 from sep_attn.validation import (
     autocast_enabled,
@@ -174,6 +176,43 @@ def separable_attention_packed(
             patch_w,
         )
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+def separable_attention_differentiated(
+    x: Tensor,
+    qkv_proj: Mapping[str, Any],
+    out_proj: Mapping[str, Any],
+    value_act: str,
+    patch_size: tuple[int, int] | None,
+) -> Tensor | None:
+    """The shortest way through :func:`separable_attention` where gradients are wanted.
+
+    As :func:`separable_attention_packed`: None when it cannot serve the call.
+    """
+    try:
+        qkv_weight, qkv_bias = qkv_proj["weight"], qkv_proj["bias"]
+        out_weight, out_bias = out_proj["weight"], out_proj["bias"]
+        if (
+            type(x) is not Tensor
+            or type(qkv_weight) is not Parameter
+            or type(out_weight) is not Parameter
+            or not (x.requires_grad or qkv_weight.requires_grad or out_weight.requires_grad)
+            or not x.is_cpu
+            or x.numel() == 0
+            or not torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return None
+        if patch_size is None:
+            patch_size = default_patch_size(x)
+        elif x.dim() == 3:
+            return None
+        return ops.self_attention(
+            x, qkv_weight, qkv_bias, out_weight, out_bias, value_act, *patch_size
+        )
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return None
 
 

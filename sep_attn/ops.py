@@ -468,6 +468,58 @@ def separable_attention(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tenso
 
 # The calls that come here are the shortest: not even OpOverload.__call__ stands between.
 separable_attention_packed = _operator("separable_attention_packed", "native")._op
+_self_attention = _operator("separable_attention", "native")._op
+_self_attention_backward = _operator("separable_attention_backward", "native")
+
+
+class _SelfAttention(torch.autograd.Function):
+    """``separable_attention_native`` and its formula where nothing is optional but the biases: what
+    the general ones ask of every argument costs as much as a small layer's kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        qkv_weight: Tensor,
+        qkv_bias: Tensor | None,
+        out_weight: Tensor,
+        out_bias: Tensor | None,
+        *options: Any,
+    ) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, weights, statistics, values = _self_attention(
+                x, None, qkv_weight, qkv_bias, out_weight, out_bias, None, None, *options, True
+            )
+        ctx.options = options
+        ctx.save_for_backward(x, qkv_weight, qkv_bias, out_weight, weights, statistics, values)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, qkv_weight, qkv_bias, out_weight, *saved = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        options = (*ctx.options, needed[0], True in needed[1:])
+        arguments = (grad_out, None, x, None, qkv_weight, qkv_bias, out_weight, None)
+        if torch.is_grad_enabled():  # for a second derivative, which the operator refuses
+            grads = _self_attention_backward(*arguments, *saved, *options)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                grads = _self_attention_backward._op(*arguments, *saved, *options)
+        grad_x, _, grad_qkv_weight, grad_qkv_bias, grad_out_weight, grad_out_bias = grads
+        return (
+            grad_x if needed[0] else None,
+            grad_qkv_weight if needed[1] else None,
+            grad_qkv_bias if needed[2] else None,
+            grad_out_weight if needed[3] else None,
+            grad_out_bias if needed[4] else None,
+            None,
+            None,
+            None,
+        )
+
+
+# x, qkv_weight, qkv_bias, out_weight, out_bias, act, patch_h, patch_w -> out
+self_attention = _SelfAttention.apply
 
 
 def separable_attention_inference(backend: str, *args: Any) -> Tensor:

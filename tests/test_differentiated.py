@@ -1,0 +1,208 @@
+"""The short way to the C++ kernels with gradients: what takes it, what does not, and that it gives
+bit for bit what the long way gives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_layer import backend_or_skip
+from torch import Tensor, nn
+
+from sep_attn import SeparableAttention, functional, module
+
+DIM = 16
+
+pytestmark = pytest.mark.usefixtures("native")
+
+
+@pytest.fixture
+def native() -> None:
+    backend_or_skip("native", torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which way each call of a module takes from now on."""
+    taken: list[str] = []
+
+    def short(*args: object) -> Tensor | None:
+        out = functional.separable_attention_differentiated(*args)
+        if out is not None:
+            taken.append("short")
+        return out
+
+    def long(*args: object, **kwargs: object) -> Tensor | tuple[Tensor, Tensor]:
+        taken.append("long")
+        return functional.separable_attention(*args, **kwargs)
+
+    monkeypatch.setattr(module, "separable_attention_differentiated", short)
+    monkeypatch.setattr(module, "separable_attention", long)
+    return taken
+
+
+def gradients(layer: nn.Module, x: Tensor, gradient: Tensor) -> list[Tensor]:
+    out = layer(x)
+    wanted = [tensor for tensor in (x, *layer.parameters()) if tensor.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out, wanted, gradient)]
+
+
+LAYOUTS = [((3, 20, DIM), None), ((2, DIM, 4, 9), None), ((2, DIM, 8, 6), 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "patch_size"), LAYOUTS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("mode", [True, False])
+def test_same_bits_as_the_long_way(
+    shape: tuple[int, ...],
+    patch_size: int | None,
+    dtype: torch.dtype,
+    bias: bool,
+    mode: bool,
+    ways: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = SeparableAttention(DIM, bias=bias, patch_size=patch_size, dtype=dtype).train(mode)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    gradient = torch.randn(shape, dtype=dtype)
+    short = gradients(layer, x, gradient)
+    monkeypatch.setattr(module, "separable_attention_differentiated", lambda *_: None)
+    long = gradients(layer, x, gradient)
+    assert ways == ["short", "long"]
+    for ours, expected in zip(short, long, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_gradients_of_what_is_not_frozen(ways: list[str]) -> None:
+    layer = SeparableAttention(DIM)
+    x = torch.randn(2, 10, DIM, requires_grad=True)
+    gradient = torch.randn(2, 10, DIM)
+    wanted = dict(
+        zip(["x", *dict(layer.named_parameters())], gradients(layer, x, gradient)[1:], strict=True)
+    )
+    for frozen in ("x", "qkv_proj.weight", "qkv_proj.bias", "out_proj.weight", "out_proj.bias"):
+        partly, own = copy.deepcopy(layer), x.detach().clone().requires_grad_(frozen != "x")
+        if frozen != "x":
+            partly.get_parameter(frozen).requires_grad_(False)
+        got = gradients(partly, own, gradient)[1:]
+        expected = [value for name, value in wanted.items() if name != frozen]
+        assert len(got) == len(expected)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), frozen
+    assert ways == ["short"] * 6
+
+
+def test_strides_of_the_gradient(ways: list[str]) -> None:
+    layer = SeparableAttention(DIM)
+    x = torch.randn(2, 10, DIM, requires_grad=True)
+    layer(x).sum().backward()  # a gradient of stride 0
+    summed = x.grad
+    (expected,) = torch.autograd.grad(layer(x), x, torch.ones(2, 10, DIM))
+    assert ways == ["short"] * 2 and torch.equal(summed, expected)
+
+
+def test_projection_dropout(ways: list[str]) -> None:
+    layer = SeparableAttention(DIM, proj_drop=0.5)
+    x = torch.randn(2, 10, DIM, requires_grad=True)
+    torch.manual_seed(0)
+    out = layer(x)
+    torch.manual_seed(0)
+    expected = nn.functional.dropout(layer.eval()(x), 0.5)
+    assert ways == ["short"] * 2 and torch.equal(out, expected)
+    assert 0 < (out == 0).sum() < out.numel()
+
+
+class _Subclass(torch.Tensor):
+    pass
+
+
+def _autocast(layer: SeparableAttention, x: Tensor) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+
+
+LONG: dict[str, Callable[[SeparableAttention, Tensor], object]] = {
+    "no tensor wants a gradient": lambda layer, x: layer.requires_grad_(False)(x.detach()),
+    "attention dropout": lambda layer, x: setattr(layer.attn_drop, "p", 0.5) or layer(x),
+    "x_prev": lambda layer, x: layer(x, torch.randn(2, 7, DIM)),
+    "mask": lambda layer, x: layer(x, key_padding_mask=torch.zeros(2, 10, dtype=torch.bool)),
+    "need_weights": lambda layer, x: layer(x, need_weights=True),
+    "empty batch": lambda layer, x: layer(x[:0]),
+    "autocast": _autocast,
+    "subclass": lambda layer, x: layer(x.detach().as_subclass(_Subclass)),
+    "parametrization": lambda layer, x: (
+        nn.utils.parametrizations.weight_norm(layer.out_proj) and layer(x)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_takes_the_long_way(case: str, ways: list[str]) -> None:
+    LONG[case](SeparableAttention(DIM), torch.randn(2, 10, DIM, requires_grad=True))
+    assert ways == ["long"]
+
+
+BAD: dict[str, tuple[Callable[[], Tensor], int | None]] = {
+    "channels": (lambda: torch.randn(2, 10, DIM + 1), None),
+    "rank": (lambda: torch.randn(10, DIM), None),
+    "dtype": (lambda: torch.randn(2, 10, DIM, dtype=torch.float64), None),
+    "integers": (lambda: torch.ones(2, 10, DIM, dtype=torch.int64), None),
+    "no tokens": (lambda: torch.randn(2, 0, DIM), None),
+    "patch size of tokens": (lambda: torch.randn(2, 10, DIM), 2),
+    "no multiple of the patch": (lambda: torch.randn(2, DIM, 5, 6), 2),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_errors_are_those_of_the_long_way(
+    case: str, ways: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, patch_size = BAD[case]
+    layer, x = SeparableAttention(DIM, patch_size=patch_size), make()
+    with pytest.raises((TypeError, ValueError)) as with_short_way:
+        layer(x)
+    monkeypatch.setattr(module, "separable_attention_differentiated", lambda *_: None)
+    with pytest.raises((TypeError, ValueError)) as without:
+        layer(x)
+    assert ways == ["long"] * 2
+    assert str(with_short_way.value) == str(without.value)
+
+
+def test_a_second_derivative_is_refused(ways: list[str]) -> None:
+    layer = SeparableAttention(DIM)
+    x = torch.randn(2, 10, DIM, requires_grad=True)
+    (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        first.sum().backward()
+    assert ways == ["short"]
+
+
+@pytest.mark.parametrize("changed", ["x", "qkv_proj.weight", "out_proj.weight"])
+def test_a_change_before_backward_is_noticed(changed: str, ways: list[str]) -> None:
+    layer = SeparableAttention(DIM)
+    x = torch.randn(2, 10, DIM)
+    out = layer(x)
+    with torch.no_grad():
+        (x if changed == "x" else layer.get_parameter(changed)).mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    assert ways == ["short"]
+
+
+def test_saved_tensors_can_be_packed(ways: list[str]) -> None:
+    layer = SeparableAttention(DIM)
+    x = torch.randn(2, 10, DIM, requires_grad=True)
+    gradient = torch.randn(2, 10, DIM)
+    expected = gradients(layer, x, gradient)
+    packed: list[torch.Size] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tensor.shape)
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        got = gradients(layer, x, gradient)
+    assert ways == ["short"] * 2 and x.shape in packed
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
