@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -47,3 +50,25 @@ def test_training_keeps_input_and_values(layout: str, dtype: torch.dtype, values
     kept = held - out.nbytes  # the input is kept, but it was there before
     small = 8 * (4096 + 4 * (2 * 64 + 1) + 64)  # a weight a token, statistics a slice
     assert values * x.nbytes <= kept <= values * x.nbytes + small
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="not a Linux with smaps")
+@torch.no_grad()
+def test_large_results_ask_for_large_pages() -> None:
+    layer = SeparableAttention(64).eval()
+    large, small = layer(torch.randn(1, 1 << 18, 64)), layer(torch.randn(1, 1 << 12, 64))
+    if not advised(large.data_ptr() + large.nbytes // 2, Path("/proc/self/smaps").read_text()):
+        pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+        if not pages.exists():
+            pytest.skip("the kernel has no large pages")
+        raise AssertionError(f"64 MiB without MADV_HUGEPAGE ({pages.read_text().strip()})")
+    assert not advised(small.data_ptr(), Path("/proc/self/smaps").read_text())
+
+
+def advised(address: int, smaps: str) -> bool:
+    """Whether the mapping that holds an address has been advised to use large pages."""
+    for mapping in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", smaps, flags=re.MULTILINE)[1:]:
+        begin, end = (int(edge, 16) for edge in mapping.split(" ", 1)[0].split("-"))
+        if begin <= address < end:
+            return " hg" in mapping[mapping.index("VmFlags:") :]
+    raise AssertionError(f"nothing is mapped at {address:#x}")

@@ -169,7 +169,8 @@ def tokens_to_markdown(rows: Sequence[dict[str, Any]]) -> str:
             f"Forward, float32, one slice, D = {rows[0]['dim']}, milliseconds, and the exponent of "
             f"time against N fitted over all of them. Goal: at most {EXPONENT_GOAL}. `torch.mm` "
             "writes into memory that is there; a layer's output is new at every call, and from "
-            "32 MiB on glibc takes and returns its pages each time.",
+            "32 MiB on glibc takes and returns its pages each time (the package asks for large "
+            "ones).",
             report.markdown([*lines, last], columns),
         ]
     )
