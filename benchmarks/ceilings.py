@@ -97,23 +97,30 @@ def cpu_products(x: Tensor, *, mode: str) -> measure.Call:
     return training
 
 
-def fma_peaks(threads: Sequence[int]) -> dict[int, float]:
-    """The most float32 operations a second this CPU can do, by number of threads.
+@dataclass(frozen=True)
+class CpuPeaks:
+    """The most operations a second of one instruction on registers alone, by number of threads."""
 
-    The best of twenty runs of fused multiply-adds on registers alone (``fma_peak.cpp``), compiled
-    here with all that this processor has. Empty where there is no compiler.
-    """
+    multiply_adds: dict[int, float]  # float32
+    bf16_dot_products: dict[int, float]  # of pairs, into float32; empty where there are none
+
+
+def cpu_peaks(threads: Sequence[int]) -> CpuPeaks:
+    """The best of twenty runs of ``fma_peak.cpp``, compiled here with all that this processor has.
+    Empty where there is no compiler."""
+    peaks = CpuPeaks({}, {})
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
-        return {}
+        return peaks
     with tempfile.TemporaryDirectory() as directory:
         program = str(Path(directory) / "fma_peak")
         source = str(Path(__file__).with_name("fma_peak.cpp"))
         options = ["-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-pthread"]
         subprocess.run([compiler, *options, source, "-o", program], check=True)
-
-        def peak(count: int) -> float:
-            command = [program, str(count)]
-            return float(subprocess.run(command, check=True, capture_output=True).stdout)
-
-        return {count: peak(count) for count in threads}
+        for count in threads:
+            printed = subprocess.run([program, str(count)], check=True, capture_output=True).stdout
+            multiply_adds, *dot_products = map(float, printed.split())
+            peaks.multiply_adds[count] = multiply_adds
+            if dot_products:
+                peaks.bf16_dot_products[count] = dot_products[0]
+    return peaks

@@ -548,12 +548,15 @@ def test_memory_of_timm_holds_what_its_backward_needs() -> None:
     assert row["tensor_ratio"] > row["kept_ratio"] + 1
 
 
-def test_fma_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert ceilings.fma_peaks([1]) == {}
+    assert ceilings.cpu_peaks([1]) == ceilings.CpuPeaks({}, {})
     monkeypatch.delenv("CXX")
-    peaks = ceilings.fma_peaks([1, 2])
-    assert list(peaks) == [1, 2] and all(peak > 1e9 for peak in peaks.values())
+    peaks = ceilings.cpu_peaks([1, 2])
+    assert list(peaks.multiply_adds) == [1, 2]
+    assert list(peaks.bf16_dot_products) in ([], [1, 2])
+    for kind in (peaks.multiply_adds, peaks.bf16_dot_products):
+        assert all(peak > 1e9 for peak in kind.values())
 
 
 def test_floors() -> None:

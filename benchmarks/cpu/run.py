@@ -80,6 +80,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+_PEAKS = {
+    "fma_peaks": "float32 multiply-adds",
+    "bf16_dot_peaks": "bfloat16 dot products (VDPBF16PS)",
+}
+
+
+def _peaks(threads: Sequence[int]) -> dict[str, dict[int, float]]:
+    peaks = ceilings.cpu_peaks(threads)
+    return {"fma_peaks": peaks.multiply_adds, "bf16_dot_peaks": peaks.bf16_dot_products}
+
+
 class Report:
     """What has been measured so far, and the files that hold it."""
 
@@ -91,7 +102,7 @@ class Report:
                 "threads": list(threads),
                 "backend": backends.resolve("auto", torch.device("cpu"), torch.float32),
             },
-            "fma_peaks": ceilings.fma_peaks(threads),
+            **_peaks(threads),
         }
         out.mkdir(parents=True, exist_ok=True)
 
@@ -105,10 +116,10 @@ class Report:
         report.write_json(self.out / f"{self.stem}.json", self.result)
 
     def measure_peaks(self) -> None:
-        """Measures the multiply-add units again: what disturbed them once may be over by now."""
-        peaks = self.result["fma_peaks"]
-        for count, peak in ceilings.fma_peaks(list(peaks)).items():
-            peaks[count] = max(peak, peaks[count])
+        """Measures the peaks again: what disturbed them once may be over by now."""
+        for name, again in _peaks(list(self.result["fma_peaks"])).items():
+            peaks = self.result[name]
+            peaks.update({count: max(peak, peaks[count]) for count, peak in again.items()})
         report.write_json(self.out / f"{self.stem}.json", self.result)
 
     def draw(self) -> None:
@@ -123,9 +134,10 @@ class Report:
     def to_markdown(self) -> str:
         result = self.result
         lines = [{"name": name, "value": value} for name, value in result["environment"].items()]
-        for count, peak in result["fma_peaks"].items():
-            gflops = f"{peak * 1e-9:.0f} GFLOP/s"
-            lines.append({"name": f"fused multiply-adds, {report.threads(count)}", "value": gflops})
+        for peaks, name in _PEAKS.items():
+            for count, peak in result[peaks].items():
+                gflops = f"{peak * 1e-9:.0f} GFLOP/s"
+                lines.append({"name": f"{name}, {report.threads(count)}", "value": gflops})
         sections = [
             "# The layer on a CPU",
             report.markdown(lines, {"name": "", "value": ""}),
