@@ -122,7 +122,8 @@ class AttentionBackwardPass {
         panels_(panels_in<T>(channels_)),
         panel_size_(channels_ * kWidth),
         workers_(workers_for(tokens_, 8 * channels_ * channels_, parallel.threads)),
-        parts_(parts_in(tokens_, 4 * larger(64, channels_), workers_)),
+        whole_(tokens_ <= channels_ && (workers_ > 1 || tokens_ > kTileRows)),
+        parts_(parts_in(tokens_, whole_ ? 2 * kBlockRows : 4 * larger(64, channels_), workers_)),
         pools_strips_(pool_strips()),
         pool_parts_(parts_in(prev_tokens_, 64, workers_)),
         pack_keys_(slices_ > 8),
@@ -131,9 +132,10 @@ class AttentionBackwardPass {
         vectors_(3 * padded_),
         packed_(4 * panels_ * panel_size_),
         in_place_(!kHalf && channels_ == padded_),
-        weight_sums_(op.grad_qkv_weight || op.grad_out_weight
+        weight_sums_((op.grad_qkv_weight || op.grad_out_weight) && !whole_
                          ? (parts_ - in_place_) * 2 * channels_ * padded_
                          : 0),
+        whole_rows_(whole_ ? kOperands * tokens_ * tile_stride_ : 0),
         bias_sums_(parts_ * 2 * padded_),
         score_sums_(score_parts() * (padded_ + kLanes<T>)),
         context_sums_(parts_),
@@ -162,6 +164,9 @@ class AttentionBackwardPass {
       worker.wait();
       worker.share_out(parts_, [&](int64_t part) { value_path(part, scratch); });
       worker.wait();
+      if (whole_) {
+        worker.share_out(2 * weight_groups(), [&](int64_t item) { multiply_whole(item); });
+      }
       worker.share_out(slices_, [&](int64_t slice) { sum_context_gradient(slice); });
       worker.wait();
       worker.share_out(panels_, [&](int64_t panel) { project_context_gradient(panel); });
@@ -224,6 +229,22 @@ class AttentionBackwardPass {
   }
   T& score_bias_sum(int64_t part) const { return score_weight_sum(part)[padded_]; }
 
+  // Where tokens are few, the rows of all of them are kept, and a weight's gradient is one product
+  // over all, shared out by its own rows: sums of parts would be larger than the rows.
+  enum Operand { kX, kGradOut, kGated, kGradValues, kOperands };
+  T* whole_rows(Operand operand) const {
+    return whole_rows_.get() + operand * tokens_ * tile_stride_;
+  }
+  bool in_place(const TokenGrid& grid, Range tokens) const {
+    return channels_ % kLanes<T> == 0 && tokens_in_place<S>(grid, tokens.begin, tokens.count());
+  }
+  Rows<const T> whole_rows(Operand operand, const TokenGrid& grid, const void* data) const {
+    if (!in_place(grid, {0, tokens_})) return {whole_rows(operand), tile_stride_};
+    const T* first = static_cast<const T*>(data);
+    return {first + token_offset(grid, token_position(grid, 0)), grid.stride_width};
+  }
+  int64_t weight_groups() const { return (channels_ + 2 * kBlockRows - 1) / (2 * kBlockRows); }
+
   // The images a part's tokens belong to, and its sum of dc over its tokens of a slice in them.
   Range images_of(int64_t part) const {
     const Range own = share(tokens_, part, parts_);
@@ -280,13 +301,17 @@ class AttentionBackwardPass {
     for (int64_t i = 0; i < own.count; ++i) value_tile(part, own[i], i == 0, scratch);
   }
 
-  void value_tile(int64_t part, Range tokens, bool is_first, T* x_tile) const {
+  void value_tile(int64_t part, Range tokens, bool is_first, T* scratch) const {
     const int64_t first = tokens.begin;
     const int64_t count = tokens.count();
-    T* g_tile = x_tile + tile_size_;
-    T* y_tile = g_tile + tile_size_;   // v where it is computed again, then y
-    T* dy_tile = y_tile + tile_size_;  // dy, then dv
-    T* dx_tile = dy_tile + tile_size_;
+    const auto tile = [&](Operand operand) {
+      return whole_ ? whole_rows(operand) + first * tile_stride_ : scratch + operand * tile_size_;
+    };
+    T* x_tile = tile(kX);
+    T* g_tile = tile(kGradOut);
+    T* y_tile = tile(kGated);        // v where it is computed again, then y
+    T* dy_tile = tile(kGradValues);  // dy, then dv
+    T* dx_tile = scratch + kOperands * tile_size_;
     T* context_tile = dx_tile + tile_size_;
     const Rows<const T> x = padded_rows(op_.grid, op_.x, tokens, x_tile);
     const Rows<const T> g = padded_rows(op_.grad_out_grid, op_.grad_out, tokens, g_tile);
@@ -310,10 +335,10 @@ class AttentionBackwardPass {
     gate_backward_tile<T, kActivation>(count, channels_, tile_stride_, values, y_tile, dy_tile,
                                        contexts, grad_contexts, g, value_bias_sum(part),
                                        out_bias_sum(part));
-    if (op_.grad_qkv_weight != nullptr) {
+    if (op_.grad_qkv_weight != nullptr && !whole_) {
       add_outer_product({dy_tile, tile_stride_}, x, count, is_first, value_weight_sum(part));
     }
-    if (op_.grad_out_weight != nullptr) {
+    if (op_.grad_out_weight != nullptr && !whole_) {
       add_outer_product(g, {y_tile, tile_stride_}, count, is_first, out_weight_sum(part));
     }
     if (op_.grad_x != nullptr) store_value_gradient(tokens, dy_tile, dx_tile);
@@ -322,7 +347,7 @@ class AttentionBackwardPass {
   // Tokens as rows of which whole vectors can be read.
   Rows<const T> padded_rows(const TokenGrid& grid, const void* data, Range tokens, T* tile) const {
     const S* source = static_cast<const S*>(data);
-    if (channels_ % kLanes<T> == 0) {
+    if (channels_ % kLanes<T> == 0 && (!whole_ || in_place(grid, {0, tokens_}))) {
       return read_rows(grid, source, tokens.begin, tokens.count(), tile, tile_stride_);
     }
     gather_tokens(grid, source, tokens.begin, tokens.count(), tile, tile_stride_, padded_);
@@ -342,6 +367,23 @@ class AttentionBackwardPass {
     }
   }
 
+  // Some rows of W_V's gradient, dv^T x, or of W_O's, g^T y.
+  void multiply_whole(int64_t item) const {
+    const bool of_values = item < weight_groups();
+    const Range own = share(channels_, item % weight_groups(), weight_groups());
+    S* target = static_cast<S*>(of_values ? op_.grad_qkv_weight : op_.grad_out_weight);
+    if (target == nullptr) return;
+    if (of_values) target += (1 + channels_) * channels_;
+    const Rows<const T> left = of_values ? Rows<const T>{whole_rows(kGradValues), tile_stride_}
+                                         : whole_rows(kGradOut, op_.grad_out_grid, op_.grad_out);
+    const Rows<const T> right = of_values ? whole_rows(kX, op_.grid, op_.x)
+                                          : Rows<const T>{whole_rows(kGated), tile_stride_};
+    multiply<T, LeftOperand::kColumns>(
+        own.count(), channels_, tokens_, left.data + own.begin, left.stride,
+        Panels<T>{right.data, kWidth, right.stride},
+        StoreResult<S>{target + own.begin * channels_, channels_, channels_});
+  }
+
   // dx = dv W_V
   void store_value_gradient(Range tokens, const T* dv_tile, T* dx_tile) const {
     const int64_t first = tokens.begin;
@@ -353,7 +395,7 @@ class AttentionBackwardPass {
                                       StoreSum<T>{target, stride});
     };
     if constexpr (!kHalf) {
-      if (channels_ % kLanes<T> == 0 && tokens_in_place<S>(grid, first, count)) {
+      if (in_place(grid, tokens)) {
         multiply_into(grad_x + token_offset(grid, token_position(grid, first)), grid.stride_width);
         return;
       }
@@ -445,7 +487,7 @@ class AttentionBackwardPass {
 
   template <typename Sums>
   void sum_weight_rows(Range own, const Sums& sums, S* target) const {
-    if (in_place_ && parts_ == 1) return;
+    if (whole_ || (in_place_ && parts_ == 1)) return;
     const StoreResult<S> result = {target, channels_, channels_};
     for (int64_t row = own.begin; row < own.end; ++row) {
       for (int64_t d = 0; d < channels_; d += kLanes<T>) {
@@ -705,14 +747,16 @@ class AttentionBackwardPass {
   const bool self_;
   const int64_t channels_, slices_, image_tokens_, image_slices_, tokens_, prev_tokens_;
   const int64_t padded_, tile_stride_, tile_size_;  // a tile's rows spread over cache sets
-  const int64_t panels_, panel_size_, workers_, parts_;
+  const int64_t panels_, panel_size_, workers_;
+  const bool whole_;
+  const int64_t parts_;
   const bool pools_strips_;
   const int64_t pool_parts_;
   const bool pack_keys_;  // else the rows of W_K are gone through as they lie
   const WeightRows<S> qkv_weight_, out_weight_;
   const Buffer<T> vectors_, packed_;
   const bool in_place_;
-  const Buffer<T> weight_sums_, bias_sums_, score_sums_;
+  const Buffer<T> weight_sums_, whole_rows_, bias_sums_, score_sums_;
   const Buffer<T*> context_sums_;
   const Buffer<T> context_sums_data_, tiles_, delayed_grad_x_, slice_values_, slice_sums_;
 };

@@ -401,7 +401,7 @@ class AttentionForwardPass {
     const T* own_contexts[kLanes<T>];
     TokenWalk walk(op_.grid, tail.begin);
     for (int64_t t = 0; t < tail.count(); ++t, walk.next()) own_contexts[t] = context(walk.slice());
-    T sums[kLanes<T>];
+    T sums[kLanes<T>] = {};
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       dot_tail<T>(tail.count(), weights.value + row * weights.value_stride, x_tail, padded_,
                   channels_, sums);
@@ -422,7 +422,7 @@ class AttentionForwardPass {
     for (int64_t t = 0; t < tail.count(); ++t, walk.next()) {
       targets[t] = out() + token_offset(op_.out_grid, walk.position());
     }
-    T sums[kLanes<T>];
+    T sums[kLanes<T>] = {};
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       dot_tail<T>(tail.count(), weights.out + row * weights.out_stride, gated_tail, padded_,
                   channels_, sums);

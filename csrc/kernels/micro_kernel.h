@@ -18,6 +18,7 @@ constexpr int kBlockRows = 8, kPanelVectors = 3;
 // 12 sums, 2 panel vectors and a broadcast in 16 registers
 constexpr int kBlockRows = 6, kPanelVectors = 2;
 #endif
+constexpr int kRowsAhead = 12;  // of both operands, asked for while a block is computed
 template <typename T>
 constexpr int64_t kPanelWidth = kPanelVectors * kLanes<T>;
 
@@ -57,6 +58,12 @@ SEP_ATTN_INLINE void multiply_block(int64_t depth, const T* a, int64_t stride, c
     Vec<T> panel[kVectors];
     SEP_ATTN_UNROLL
     for (int v = 0; v < kVectors; ++v) panel[v] = load(b + v * kLanes<T>);
+    // A panel of many channels does not stay in the first cache.
+    SEP_ATTN_UNROLL
+    for (int line = 0; line < kVectors * kVectorBytes; line += 64) {
+      __builtin_prefetch(b + kRowsAhead * row_stride + line / static_cast<int>(sizeof(T)));
+    }
+    if (kLeft == LeftOperand::kColumns) __builtin_prefetch(bases[0] + kRowsAhead * stride);
     SEP_ATTN_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const Vec<T> left = broadcast<T>(

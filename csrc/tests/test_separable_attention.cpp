@@ -154,8 +154,9 @@ void check_layer(Random& random, const Shape& shape, Type type) {
 }
 
 void check_layers(const Options& options, Type type) {
-  // The last ones: several segments of a slice's softmax, several tiles a thread, many panels.
-  for_each_size(options, {{700, 70}, {1100, 33}, {40, 200}, {300, 130}},
+  // The last ones: several segments of a slice's softmax, several tiles a thread, many panels, and
+  // fewer tokens than channels.
+  for_each_size(options, {{700, 70}, {1100, 33}, {300, 130}, {40, 200}, {60, 192}, {120, 160}},
                 [&](Random& random, int64_t tokens, int64_t channels) {
                   check_layer(random, draw_shape(random, tokens, channels), type);
                 });
