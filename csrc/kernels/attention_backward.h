@@ -103,6 +103,7 @@ template <typename S, Activation kActivation>
 class AttentionBackwardPass {
   using T = Accumulate<S>;
   static constexpr int64_t kWidth = kPanelWidth<T>;
+  static constexpr int64_t kMostInPlace = 256;  // channels
   static constexpr bool kHalf = !std::is_same<S, T>::value;
 
  public:
@@ -126,11 +127,11 @@ class AttentionBackwardPass {
         parts_(parts_in(tokens_, whole_ ? 2 * kBlockRows : 4 * larger(64, channels_), workers_)),
         pools_strips_(pool_strips()),
         pool_parts_(parts_in(prev_tokens_, 64, workers_)),
-        pack_keys_(slices_ > 8),
+        in_place_weights_(!kHalf && channels_ % kLanes<T> == 0 && channels_ <= kMostInPlace),
         qkv_weight_(op.qkv_weight, 1 + 2 * channels_, channels_),
         out_weight_(op.out_weight, channels_, channels_),
         vectors_(3 * padded_),
-        packed_(4 * panels_ * panel_size_),
+        packed_((!in_place_weights_ ? 4 : (op.values == nullptr ? 1 : 0)) * panels_ * panel_size_),
         in_place_(!kHalf && channels_ == padded_),
         weight_sums_((op.grad_qkv_weight || op.grad_out_weight) && !whole_
                          ? (parts_ - in_place_) * 2 * channels_ * padded_
@@ -160,7 +161,9 @@ class AttentionBackwardPass {
         pool_grad() != nullptr || op_.grad_qkv_weight != nullptr || op_.grad_qkv_bias != nullptr;
     run_workers(parallel_, workers_, [&](Worker& worker) {
       T* scratch = tiles_.get() + worker.index() * 6 * tile_size_;
-      worker.share_out(4 * panels_, [&](int64_t i) { pack_weights(i / panels_, i % panels_); });
+      worker.share_out(4 * panels_, [&](int64_t i) {
+        pack_weights(static_cast<Weight>(i / panels_), i % panels_);
+      });
       worker.wait();
       worker.share_out(parts_, [&](int64_t part) { value_path(part, scratch); });
       worker.wait();
@@ -200,9 +203,28 @@ class AttentionBackwardPass {
   }
   T weight_sum(int64_t slice) const { return statistics(slice)[2 * channels_]; }
 
-  // Packed weights: W_V^T, W_O, W_V, and W_K when there are slices enough to pay for it.
-  Panels<T> panels(int64_t matrix) const {
-    return {packed_.get() + matrix * panels_ * panel_size_, panel_size_, kWidth};
+  // Right-hand operands. W_V^T is packed where values are computed again; the others serve as they
+  // lie while they stay in the second cache, else they are packed: W_K only for slices enough to
+  // pay for it.
+  enum Weight { kValueTransposed, kOut, kValue, kKey };
+  bool packs(Weight weight) const {
+    if (weight == kValueTransposed) return op_.values == nullptr;
+    return !in_place_weights_ && (weight != kKey || slices_ > 8);
+  }
+  Panels<T> panels(Weight weight) const {
+    if constexpr (!kHalf) {
+      if (weight != kValueTransposed && in_place_weights_) {
+        return {weight_rows(weight), kWidth, weight_stride(weight)};
+      }
+    }
+    return {packed_.get() + weight * panels_ * panel_size_, panel_size_, kWidth};
+  }
+  const S* weight_rows(Weight weight) const {
+    if (weight == kOut) return out_weight_.row(0);
+    return qkv_weight_.row(weight == kKey ? 1 : 1 + channels_);
+  }
+  int64_t weight_stride(Weight weight) const {
+    return weight == kOut ? out_weight_.stride() : qkv_weight_.stride();
   }
 
   // Tokens are cut into parts with sums of their own, which are added up in their order: a few for
@@ -274,21 +296,13 @@ class AttentionBackwardPass {
 
   // ---- Weights ----
 
-  void pack_weights(int64_t matrix, int64_t panel) const {
-    const S* value = qkv_weight_.row(1 + channels_);
-    const int64_t qkv_stride = qkv_weight_.stride();
-    const int64_t first = panel * kWidth;
-    T* target = packed_.get() + (matrix * panels_ + panel) * panel_size_;
-    if (matrix == 0) {
-      if (op_.values != nullptr) return;
-      pack_panel(value, int64_t{1}, qkv_stride, channels_, channels_, first, target);
-    } else if (matrix == 1) {
-      pack_panel(out_weight_.row(0), out_weight_.stride(), int64_t{1}, channels_, channels_, first,
-                 target);
-    } else if (matrix == 2 || pack_keys_) {
-      pack_panel(matrix == 2 ? value : qkv_weight_.row(1), qkv_stride, int64_t{1}, channels_,
-                 channels_, first, target);
-    }
+  void pack_weights(Weight weight, int64_t panel) const {
+    if (!packs(weight)) return;
+    const S* rows = weight_rows(weight);
+    const int64_t stride = weight_stride(weight);
+    const int64_t stride_k = weight == kValueTransposed ? 1 : stride;
+    pack_panel(rows, stride_k, weight == kValueTransposed ? stride : int64_t{1}, channels_,
+               channels_, panel * kWidth, packed_.get() + (weight * panels_ + panel) * panel_size_);
   }
 
   // ---- The value path, tile by tile ----
@@ -327,10 +341,11 @@ class AttentionBackwardPass {
     Rows<const T> values = {static_cast<const T*>(op_.values) + first * channels_, channels_};
     if (op_.values == nullptr) {
       values = {y_tile, tile_stride_};
-      multiply<T, LeftOperand::kRows>(count, channels_, channels_, x.data, x.stride, panels(0),
+      multiply<T, LeftOperand::kRows>(count, channels_, channels_, x.data, x.stride,
+                                      panels(kValueTransposed),
                                       StoreBiased<T>{y_tile, tile_stride_, value_bias()});
     }
-    multiply<T, LeftOperand::kRows>(count, channels_, channels_, g.data, g.stride, panels(1),
+    multiply<T, LeftOperand::kRows>(count, channels_, channels_, g.data, g.stride, panels(kOut),
                                     StoreSum<T>{dy_tile, tile_stride_});
     gate_backward_tile<T, kActivation>(count, channels_, tile_stride_, values, y_tile, dy_tile,
                                        contexts, grad_contexts, g, value_bias_sum(part),
@@ -391,8 +406,8 @@ class AttentionBackwardPass {
     const TokenGrid& grid = op_.grad_x_grid;
     S* grad_x = static_cast<S*>(op_.grad_x);
     const auto multiply_into = [&](T* target, int64_t stride) {
-      multiply<T, LeftOperand::kRows>(count, channels_, channels_, dv_tile, tile_stride_, panels(2),
-                                      StoreSum<T>{target, stride});
+      multiply<T, LeftOperand::kRows>(count, channels_, channels_, dv_tile, tile_stride_,
+                                      panels(kValue), StoreSum<T>{target, stride});
     };
     if constexpr (!kHalf) {
       if (in_place(grid, tokens)) {
@@ -432,11 +447,11 @@ class AttentionBackwardPass {
   void project_context_gradient(int64_t panel) const {
     const int64_t first = panel * kWidth;
     const int64_t columns = smaller(first + kWidth, channels_) - first;
-    if (pack_keys_) {
-      const Panels<T> keys = panels(3);
+    if (in_place_weights_ || packs(kKey)) {
+      const Panels<T> keys = panels(kKey);
       multiply<T, LeftOperand::kRows>(
           slices_, columns, channels_, grad_context(), padded_,
-          Panels<T>{keys.data + panel * panel_size_, panel_size_, kWidth},
+          Panels<T>{keys.data + panel * keys.panel_stride, keys.panel_stride, keys.row_stride},
           StoreSum<T>{grad_pooled() + first, padded_});
       return;
     }
@@ -622,11 +637,18 @@ class AttentionBackwardPass {
   int64_t score_parts() const { return pools_strips_ ? strips() * strip_segments() : pool_parts_; }
 
   void pool_strip_path(int64_t part, T* scratch) const {
+    const Strip strip = make_strip<T>(op_.prev_grid, part / strip_segments());
+    with_strip_vectors(strip.vectors, [&](auto vectors) {
+      pool_strip_path<decltype(vectors)::value>(part, strip, scratch);
+    });
+  }
+
+  // kVectors at a time.
+  template <int kVectors>
+  void pool_strip_path(int64_t part, const Strip& strip, T* scratch) const {
     constexpr int64_t lanes = kLanes<T>;
-    constexpr int kVectors = 4;
     const TokenGrid& grid = op_.prev_grid;
     const int64_t strip_index = part / strip_segments();
-    const Strip strip = make_strip<T>(grid, strip_index);
     const Range range = share(strip.vectors, part % strip_segments(), strip_segments());
     const int64_t first_slice = strip_index * grid.patch_w;
     T* directions = scratch;                   // [channels, lanes]: dxbar of each lane's slice
@@ -752,7 +774,7 @@ class AttentionBackwardPass {
   const int64_t parts_;
   const bool pools_strips_;
   const int64_t pool_parts_;
-  const bool pack_keys_;  // else the rows of W_K are gone through as they lie
+  const bool in_place_weights_;
   const WeightRows<S> qkv_weight_, out_weight_;
   const Buffer<T> vectors_, packed_;
   const bool in_place_;

@@ -1,6 +1,8 @@
 // The context of a slice: scores, softmax with a running maximum, weighted sum, projection.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "products.h"
 #include "scratch.h"
@@ -273,6 +275,19 @@ SEP_ATTN_INLINE void read_strip_values(const Strip& strip, const StripVector& at
   }
 }
 
+// body(n), n the constant 4, 2 or 1: how many vectors of a strip, `most` or fewer, are gone through
+// at once.
+template <typename Body>
+SEP_ATTN_INLINE void with_strip_vectors(int64_t most, const Body& body) {
+  if (most >= 4) {
+    body(std::integral_constant<int, 4>{});
+  } else if (most >= 2) {
+    body(std::integral_constant<int, 2>{});
+  } else {
+    body(std::integral_constant<int, 1>{});
+  }
+}
+
 // scores[v] = sum_d weights(d) x[d] over kVectors vectors of tokens, which are copied to `tokens`
 // [channels, kVectors, lanes]: where rows lie a power of two apart, a cache cannot hold them.
 template <bool kWhole, int kVectors, typename S, typename T, typename Weights>
@@ -440,13 +455,10 @@ template <typename S>
 void pool_strip(const PoolOperands<S>& op, int64_t strip, Range range, Accumulate<S>* scratch,
                 Partial<Accumulate<S>>* partials, Accumulate<S>* pooled, int64_t pooled_stride) {
   const int64_t fit = 8192 / (op.grid.channels * kLanes<Accumulate<S>>);  // the copy stays in cache
-  if (smaller(range.count(), fit) >= 4) {
-    pool_strip<4>(op, strip, range, scratch, partials, pooled, pooled_stride);
-  } else if (smaller(range.count(), fit) >= 2) {
-    pool_strip<2>(op, strip, range, scratch, partials, pooled, pooled_stride);
-  } else {
-    pool_strip<1>(op, strip, range, scratch, partials, pooled, pooled_stride);
-  }
+  with_strip_vectors(smaller(range.count(), fit), [&](auto vectors) {
+    pool_strip<decltype(vectors)::value>(op, strip, range, scratch, partials, pooled,
+                                         pooled_stride);
+  });
 }
 
 // The softmax of a slice, as needed to turn scores into weights.
