@@ -513,14 +513,22 @@ def test_cpu_thread_counts_end_with_all() -> None:
     assert scaling.thread_counts(24) == [1, 2, 3, 4, 5, 6, 7, 8, 16, 24]
 
 
-def test_the_operator_is_called_as_the_module_calls_it() -> None:
+def test_the_operators_are_called_as_the_module_calls_them() -> None:
     work = workload.Workload(SMALL)
     module = work.build(OURS)
     with torch.no_grad():
-        operator = calls.operator_call(module, work.x)
+        operator = calls.operator_call(lambda: module(work.x))
         assert operator is not None
-        assert torch.equal(operator(), module(work.x))
-    assert calls.operator_call(nn.ReLU(), work.x) is None
+        (out,) = operator()
+        assert torch.equal(out, module(work.x))
+    assert calls.operator_call(lambda: nn.ReLU()(work.x)) is None
+    step = workload.Workload(SMALL, mode="training").checked_call(OURS)
+    operators = calls.operator_call(step)
+    assert operators is not None
+    forward, backward = operators()
+    assert not forward[0].requires_grad
+    grad_x, _, *grads = backward
+    assert all(torch.equal(a, b) for a, b in zip((grad_x, *grads), step(), strict=True))
 
 
 def test_memory_counts_what_is_held_at_once() -> None:

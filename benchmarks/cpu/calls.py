@@ -8,12 +8,11 @@ difference to the full call is the kernels' own time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import measure, report
@@ -39,20 +38,17 @@ class _OperatorCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operator_call(module: nn.Module, x: Tensor) -> measure.Call | None:
-    """The operators that ``module(x)`` calls, without the way to them; None if it calls none."""
+def operator_call(call: measure.Call) -> measure.Call | None:
+    """The operators that ``call()`` calls, forward and backward, without the way to them and
+    without autograd; None if it calls none."""
     with _OperatorCalls() as watched:
-        module(x)
-    if not watched.calls:
-        return None
-    if len(watched.calls) == 1:
-        return watched.calls[0]
-    return partial(_run_all, watched.calls)
-
-
-def _run_all(calls: Sequence[Callable[[], object]]) -> None:
-    for call in calls:
         call()
+    return partial(_run_all, watched.calls) if watched.calls else None
+
+
+@torch.no_grad()
+def _run_all(calls: Sequence[measure.Call]) -> list[Any]:
+    return [call() for call in calls]
 
 
 @torch.no_grad()
@@ -66,8 +62,8 @@ def measure_calls(shape: LayerShape = SHAPE, *, seconds: float) -> list[dict[str
             work.verify(name, module)
             x = contender(name, shape).layout.from_tokens(work.x)
             for size, tokens in (("full", x), ("empty", x[:0])):
-                calls[f"{name} module {size}"] = partial(module, tokens)
-                operator = operator_call(module, tokens)
+                call = calls[f"{name} module {size}"] = partial(module, tokens)
+                operator = operator_call(call)
                 if operator is not None:
                     calls[f"{name} operator {size}"] = operator
         timings = measure.interleaved(calls, seconds=seconds)

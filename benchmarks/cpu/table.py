@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure, report
+from benchmarks.cpu.calls import operator_call
 from benchmarks.cpu.workload import COMPILED, FLOOR, LAYOUTS, TIMM, Workload
 from benchmarks.registry import LAYER_SHAPES, MODES, LayerShape
 
@@ -98,6 +99,11 @@ def measure_cases(cases: Sequence[Case], settings: Settings) -> Iterator[list[di
                     module = work.build(name)
                     errors[name] = work.verify(name, module)
                     calls[name] = work.call(name, module)
+                    if name in LAYOUTS:
+                        with work.gradients():
+                            operators = operator_call(calls[name])
+                        if operators is not None:
+                            calls[_operators(name)] = operators
                     statuses[name] = "timed"
                 except measure.WrongResultError as error:
                     statuses[name] = f"refused: {error}"
@@ -111,6 +117,11 @@ def measure_cases(cases: Sequence[Case], settings: Settings) -> Iterator[list[di
             _row(case, name, status, timings, errors.get(name), work.operations)
             for name, status in statuses.items()
         ]
+
+
+def _operators(name: str) -> str:
+    """What a layer's call comes down to in the dispatcher: without Python and autograd."""
+    return f"{name}_operators"
 
 
 def left_out(case: Case, reason: str) -> list[dict[str, Any]]:
@@ -153,6 +164,7 @@ def _row(
         "floor_ratio": median,
         "floor_ratio_lower": lower,
         "floor_ratio_upper": upper,
+        "operators_ratio": ratio(_operators(name), FLOOR),
         "gflops": timing and operations / timing.median * 1e-9,
         "error": error,
         "status": status,
@@ -174,9 +186,9 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         goal = GOALS[mode, dtype][0 if threads == 1 else 1]
         for name, layout in LAYOUTS.items():
             ours = [row for row in group if row["contender"] == name]
-            timm, compiled, floor = (
+            timm, compiled, floor, operators = (
                 [row[column] for row in ours if row[column] is not None]
-                for column in ("timm_ratio", "compiled_ratio", "floor_ratio")
+                for column in ("timm_ratio", "compiled_ratio", "floor_ratio", "operators_ratio")
             )
             summary.append(
                 {
@@ -195,6 +207,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     "floor_goal": goal.floor,
                     "floor_worst": max(floor, default=None),
                     "floor_worst_goal": goal.floor_worst,
+                    "operators": _mean(operators),
                 }
             )
     return summary
@@ -219,6 +232,7 @@ _SUMMARY_COLUMNS = {
     "floor_goal": "goal, at most",
     "floor_worst": "worst shape",
     "floor_worst_goal": "goal, at most",
+    "operators": "operators alone / torch.mm",
 }
 
 
@@ -226,7 +240,8 @@ def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The section of the report: over all shapes, then shape by shape."""
     sections = [
         "## Over all shapes",
-        "Geometric means over the shapes below, and the worst of them.",
+        "Geometric means over the shapes below, and the worst of them. The operators alone are "
+        "what the call comes down to in the dispatcher, without Python and autograd.",
         report.markdown(summarize(rows), _SUMMARY_COLUMNS),
         "## Shape by shape",
         f"Three figures in one place are the layouts {', '.join(LAYOUTS.values())}. The floor, "
@@ -257,6 +272,7 @@ def _shape_table(mode: str, rows: Sequence[dict[str, Any]]) -> str:
         "timm_ratio": "timm / sep_attn",
         "compiled_ratio": "compiled / sep_attn",
         "floor_ratio": f"sep_attn / {floor}",
+        "operators_ratio": f"operators / {floor}",
     }
     if all(row["contender"] != COMPILED for row in rows):
         del columns[COMPILED], columns["compiled_ratio"]
@@ -267,7 +283,7 @@ def _shape_table(mode: str, rows: Sequence[dict[str, Any]]) -> str:
         line = {"shape": ", ".join(map(str, shape)), "sep_attn": _cell(ours, "milliseconds", ".4g")}
         for name in (TIMM, COMPILED, FLOOR):
             line[name] = _cell([by_name.get(name)], "milliseconds", ".4g")
-        for column in ("timm_ratio", "compiled_ratio", "floor_ratio"):
+        for column in ("timm_ratio", "compiled_ratio", "floor_ratio", "operators_ratio"):
             line[column] = _cell(ours, column, ".2f")
         lines.append(line)
     return report.markdown(lines, columns)
