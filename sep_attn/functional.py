@@ -142,17 +142,20 @@ def separable_attention_packed(
     out_proj: Mapping[str, Tensor | None],
     value_act: str,
     patch_size: tuple[int, int] | None,
+    backend: str,
     packed: PackedWeights,
 ) -> Tensor | None:
     """The shortest way through :func:`separable_attention`, for calls from Python in eval.
 
-    ``qkv_proj`` and ``out_proj`` hold the projections' ``weight`` and ``bias``. One operator checks
-    the arguments and computes. None when it cannot serve the call: a gradient is wanted, a tensor
-    is not a plain CPU tensor, autocast or a compiler is at work, or an argument does not fit;
-    :func:`separable_attention` then serves it or says what is wrong.
+    ``qkv_proj`` and ``out_proj`` hold the projections' ``weight``, also in the shape of a 1 x 1
+    convolution, and ``bias``. One operator checks the arguments and computes. None when it cannot
+    serve the call: another backend was named, a gradient is wanted, a tensor is not a plain CPU
+    tensor, autocast or a compiler is at work, a projection is parametrised, or an argument does not
+    fit; :func:`separable_attention` then serves it or says what is wrong.
     """
     if (
-        torch.is_grad_enabled()
+        backend not in ("auto", "native")
+        or torch.is_grad_enabled()
         or type(x) is not Tensor
         or not x.is_cpu
         or torch.compiler.is_compiling()
@@ -173,7 +176,11 @@ def separable_attention_packed(
             patch_h,
             patch_w,
         )
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+    except KeyError:  # a parametrisation holds the weight
+        return None
+    except ValueError:  # the kernels' checks: a shape or dtype
+        return None
+    except RuntimeError:  # PyTorch's own: no tensor, another device; or there are no kernels
         return None
 
 

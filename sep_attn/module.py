@@ -89,13 +89,7 @@ class SeparableAttention(nn.Module):
         need_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Arguments, results and errors of :func:`sep_attn.functional.separable_attention`."""
-        if (
-            not self.training
-            and x_prev is None
-            and key_padding_mask is None
-            and not need_weights
-            and self.backend in ("auto", "native")
-        ):
+        if not self.training and x_prev is None and key_padding_mask is None and not need_weights:
             # nn.Module's own look-up of a child or parameter takes a microsecond each
             modules = self._modules
             out = separable_attention_packed(
@@ -104,6 +98,7 @@ class SeparableAttention(nn.Module):
                 modules["out_proj"]._parameters,
                 self.value_act,
                 self.patch_size,
+                self.backend,
                 self._packed_weights,
             )
             if out is not None:

@@ -244,6 +244,8 @@ def _separable_attention_inference_fake(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def _separable_attention_packed_fake(x: Tensor, *arguments: Any) -> Tensor:
+    if type(x) is Tensor and not x.is_meta:  # no tracing: a parameter alone is on meta
+        raise ValueError(f"x is on {x.device} and a parameter on meta")
     return torch.empty_like(x)
 
 

@@ -208,19 +208,20 @@ class OperatorLog(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_the_asked_backend_runs(library: Library, backend: str, device: torch.device) -> None:
+def test_the_asked_backend_runs(
+    library: Library, backend: str, training: bool, device: torch.device
+) -> None:
     kernels = "native" if device.type == "cpu" else "triton"
     if reason := unavailable_reason(kernels, device, torch.float32):
         pytest.skip(reason)
-    fused = patched(library.layer(device), backend=backend)
+    fused = patched(library.layer(device), backend=backend).train(training)
     with OperatorLog() as log, torch.no_grad():
         fused(tokens(device))
-    expected = {
-        "native": ["sep_attn::separable_attention_inference_native"],
-        "triton": ["sep_attn::context_pool_triton", "sep_attn::gate_triton"],
-    }
-    assert log.names == (expected[kernels] if backend == "auto" else [])
+    form = "packed" if kernels == "native" and not training else "inference"
+    expected = [f"sep_attn::separable_attention_{form}_{kernels}"]
+    assert log.names == (expected if backend == "auto" else [])
 
 
 def test_layer_without_bias(device: torch.device) -> None:
