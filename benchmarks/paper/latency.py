@@ -30,7 +30,7 @@ SLOW_ROUND = 2.0  # seconds; from there on fewer rounds are made
 
 @dataclass(frozen=True)
 class Contender:
-    """A row of the table; ``paper_ms`` is the paper's figure, on a phone."""
+    """A row of the table; ``paper_ms`` is the paper's figure, on a phone, as quoted to us."""
 
     key: str
     label: str
