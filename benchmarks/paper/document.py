@@ -323,8 +323,8 @@ def _features(result: Mapping[str, Any]) -> Iterator[str]:
         "map's largest value; the largest is shown. They are equal to float32 rounding, not bit "
         "for bit: the pooled form sums in another order. At 320 x 320 the numbers of tokens are "
         "no powers of two; at 512 x 512 (output stride 32) they are. The paper reports accuracy "
-        "for these tasks, which random weights cannot show; it reports no times of the encoder "
-        "alone to compare with."
+        "for these tasks, which random weights cannot show; no times of its for the encoder "
+        "alone are at hand."
     )
 
 
