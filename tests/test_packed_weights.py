@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import models
 from sep_attn import SeparableAttention, functional, native, patch, unpatch
 
 DIM = 40  # two panels or more in every instruction set, the last one not full
@@ -33,16 +32,21 @@ def make_layer(dtype: torch.dtype = torch.float32, **options: bool) -> Separable
     return SeparableAttention(DIM, dtype=dtype, **options).eval()
 
 
-def make_patched(build: Callable[[int], nn.Module], dtype: torch.dtype = torch.float32) -> Any:
-    layer = build(DIM).eval().to(dtype)
+def make_unpatched(library: str) -> Any:
+    models = pytest.importorskip("benchmarks.models", reason="only in the repository")
+    return getattr(models, f"{library}_attention")(DIM).eval()
+
+
+def make_patched(library: str, dtype: torch.dtype = torch.float32) -> Any:
+    layer = make_unpatched(library).to(dtype)
     patch(layer)
     return layer
 
 
 KINDS: dict[str, Callable[..., Any]] = {
     "module": make_layer,
-    "timm": functools.partial(make_patched, models.timm_attention),
-    "hugging_face": functools.partial(make_patched, models.hugging_face_attention),
+    "timm": functools.partial(make_patched, "timm"),
+    "hugging_face": functools.partial(make_patched, "hugging_face"),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -359,24 +363,23 @@ def test_weights_of_no_layer_are_refused(weight: nn.Parameter | None) -> None:
         layer(x)
 
 
+@pytest.mark.parametrize("library", ["timm", "hugging_face"])
 @torch.no_grad()
-def test_unpatching_leaves_none_of_it() -> None:
-    for build in (models.timm_attention, models.hugging_face_attention):
-        layer, x = build(DIM).eval(), make_tokens(kind="timm")
-        attributes, expected = set(vars(layer)), layer(x)
-        for _ in range(2):
-            patch(layer)
-        layer(x)
-        memory = packed_memory(layer)
-        assert memory is not None
-        unpatch(layer)
-        assert set(vars(layer)) == attributes
-        assert torch.equal(layer(x), expected)
+def test_unpatching_leaves_none_of_it(library: str) -> None:
+    layer, x = make_unpatched(library), make_tokens(kind=library)
+    attributes, expected = set(vars(layer)), layer(x)
+    for _ in range(2):
+        patch(layer)
+    layer(x)
+    assert packed_memory(layer) is not None
+    unpatch(layer)
+    assert set(vars(layer)) == attributes
+    assert torch.equal(layer(x), expected)
 
 
 @torch.no_grad()
 def test_a_patched_layer_keeps_the_train_it_was_given() -> None:
-    layer, calls = models.timm_attention(DIM).eval(), []
+    layer, calls = make_unpatched("timm"), []
 
     def frozen(mode: bool = True) -> nn.Module:
         calls.append(mode)
