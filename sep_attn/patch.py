@@ -120,7 +120,9 @@ def _timm_forward(
     children = module._modules
     projections = children["qkv_proj"], children["out_proj"]
     out = _attend(module, projections, children["attn_drop"], x, x_prev, backend, packed)
-    return children["out_drop"](out)
+    out_drop = children["out_drop"]
+    idle = not out_drop.training and _not_plain("out_drop", out_drop, nn.Dropout) is None
+    return out if idle else out_drop(out)
 
 
 def _hugging_face_forward(

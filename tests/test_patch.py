@@ -285,6 +285,17 @@ def test_output_dropout_of_timm(device: torch.device) -> None:
     torch.testing.assert_close(dropped[~zeros], 2.0 * kept[~zeros])
 
 
+def test_output_dropout_of_timm_is_called_where_it_may_do_something() -> None:
+    fused, calls = patched(models.timm_attention(DIM)).eval(), []
+    x = tokens(torch.device("cpu"))
+    plain = fused(x)
+    handle = fused.out_drop.register_forward_hook(lambda module, args, out: calls.append(out))
+    assert torch.equal(fused(x), plain) and len(calls) == 1
+    handle.remove()
+    fused.out_drop = LowRank(DIM, DIM, 1)
+    assert torch.equal(fused(x), fused.out_drop(plain))
+
+
 # What users do to models -------------------------------------------------------------------------
 
 
