@@ -24,7 +24,7 @@ help:
 	@echo "make bench       the benchmarks of README: OUT=$(OUT), at most 5 minutes"
 	@echo "make bench-cpu   the layer on this CPU beside its peers and its floor, at most 15 minutes"
 	@echo "make train       a ViT on handwritten digits with four kinds of attention, at most 10 minutes"
-	@echo "make paper       the paper's tables and figures on this machine, at most 12 minutes"
+	@echo "make paper       the paper's tables and figures on this machine, at most 25 minutes"
 	@echo "make microbench  pytest-benchmark over every kernel"
 	@echo "make gpu OUT=dir build, test and measure on a GPU with PYTHON as it is, no .venv"
 	@echo "make tune        on a GPU: measure the kernels' configurations and write their table"

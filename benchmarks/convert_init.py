@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.convert_init --out DIR`` trains a small ViT with multi-head attention on
 scikit-learn's handwritten digits (1,797 scans of 8 x 8 pixels, in the package), converts a copy
-with each start, fine-tunes it, and writes ``convert_init_<pool>.csv`` and ``.json``: accuracy and
-cross-entropy on the scans left out of training, by the epochs of fine-tuning, over several seeds.
+with each start and ``value_act``, fine-tunes it, and writes ``convert_init_<pool>.csv`` and
+``.json``: accuracy and cross-entropy on the scans left out of training, by the epochs of
+fine-tuning, over several seeds.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=40, help="of multi-head training")
     parser.add_argument("--tune-epochs", type=int, default=10, help="of fine-tuning")
     parser.add_argument("--pool", nargs="+", choices=POOLS, default=POOLS)
-    parser.add_argument("--value-act", nargs="+", choices=ACTIVATIONS, default=["relu"])
+    parser.add_argument("--value-act", nargs="+", choices=ACTIVATIONS, default=ACTIVATIONS)
     options = parser.parse_args(arguments)
 
     header = {

@@ -186,9 +186,11 @@ TokenValues<const bool> token_mask(const OptionalTensor& tensor, const TokenGrid
   return token_values<const bool>(*tensor, grid, name);
 }
 
+// [rows, columns], or the weights [rows, columns, 1, 1] of a convolution.
 Matrix matrix(const Tensor& tensor, int64_t rows, int64_t columns, const char* name) {
   const auto size = tensor.sizes();
-  if (size.size() != 2 || size[0] != rows || size[1] != columns) {
+  const bool convolution = size.size() == 4 && size[2] == 1 && size[3] == 1;
+  if ((size.size() != 2 && !convolution) || size[0] != rows || size[1] != columns) {
     fail(name, shape_of(tensor), "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]");
   }
   const auto stride = tensor.strides();

@@ -57,7 +57,7 @@ def convert(
             ``"fresh"``, which takes nothing over, begins as ``nn.Linear`` does, and was as good or
             better in that small trial (README has it, ``python -m benchmarks.convert_init`` makes
             it). Those with drawn scores depend on torch's seed.
-        value_act: ``"relu"`` (paper) or ``"identity"``.
+        value_act: ``"relu"`` (paper) or ``"identity"``, which gained nothing in that trial.
         backend: as in :func:`sep_attn.functional.separable_attention`.
 
     Returns:

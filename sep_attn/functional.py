@@ -138,23 +138,37 @@ def separable_attention(
         return (out, weights.to(x.dtype)) if need_weights else out
 
 
-def separable_attention_packed(
+def shortest_way(
     x: Tensor,
-    qkv_proj: Mapping[str, Tensor | None],
-    out_proj: Mapping[str, Tensor | None],
+    qkv_proj: Mapping[str, Any],
+    out_proj: Mapping[str, Any],
     value_act: str,
     patch_size: tuple[int, int] | None,
-    packed: PackedWeights,
+    backend: str,
+    packed: PackedWeights | None,
 ) -> Tensor | None:
-    """The shortest way through :func:`separable_attention`, for calls from Python in eval.
+    """The shortest way through :func:`separable_attention`, for calls of a layer from Python.
 
-    ``qkv_proj`` and ``out_proj`` hold the projections' ``weight`` and ``bias``. One operator checks
-    the arguments and computes. None when it cannot serve the call: a gradient is wanted, a tensor
-    is not a plain CPU tensor, autocast or a compiler is at work, or an argument does not fit;
-    :func:`separable_attention` then serves it or says what is wrong.
+    One operator checks the arguments and computes. It has no dropout, mask or ``x_prev``.
+
+    Args:
+        x: the layer's input.
+        qkv_proj: holds ``weight``, also in the shape of a 1 x 1 convolution, and ``bias``.
+        out_proj: as ``qkv_proj``.
+        value_act: as in :func:`separable_attention`.
+        patch_size: as in :func:`separable_attention`.
+        backend: as in :func:`separable_attention`.
+        packed: where weights are kept packed while no gradient is wanted; None in training.
+
+    Returns:
+        The output, or None when the call cannot be served: another backend was named, a tensor is
+        not a plain CPU tensor, autocast or a compiler is at work, a projection is parametrised, or
+        an argument does not fit. :func:`separable_attention` then serves it or says what is wrong.
     """
+    differentiated = torch.is_grad_enabled()
     if (
-        torch.is_grad_enabled()
+        backend not in ("auto", "native")
+        or (packed is None and not differentiated)
         or type(x) is not Tensor
         or not x.is_cpu
         or torch.compiler.is_compiling()
@@ -162,57 +176,38 @@ def separable_attention_packed(
     ):
         return None
     try:
-        qkv_weight, out_weight = qkv_proj["weight"], out_proj["weight"]
+        qkv_weight, qkv_bias = qkv_proj["weight"], qkv_proj["bias"]
+        out_weight, out_bias = out_proj["weight"], out_proj["bias"]
+        if differentiated:
+            if (
+                type(qkv_weight) is not Parameter
+                or type(out_weight) is not Parameter
+                or not (x.requires_grad or qkv_weight.requires_grad or out_weight.requires_grad)
+                or x.numel() == 0
+                or (patch_size is not None and x.dim() == 3)
+            ):
+                return None
+            patch_h, patch_w = patch_size or default_patch_size(x)
+            tensors = (x, qkv_weight, qkv_bias, out_weight, out_bias)
+            return ops.self_attention(*tensors, value_act, patch_h, patch_w)
+        assert packed is not None
         patch_h, patch_w = patch_size or (0, 0)
         return ops.separable_attention_packed(
             x,
             qkv_weight,
-            qkv_proj["bias"],
+            qkv_bias,
             out_weight,
-            out_proj["bias"],
+            out_bias,
             packed.memory if packed.memory is not None else packed.allocate(qkv_weight),
             value_act == "relu",
             patch_h,
             patch_w,
         )
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+    except KeyError:  # a parametrisation holds the weight
         return None
-
-
-def separable_attention_differentiated(
-    x: Tensor,
-    qkv_proj: Mapping[str, Any],
-    out_proj: Mapping[str, Any],
-    value_act: str,
-    patch_size: tuple[int, int] | None,
-) -> Tensor | None:
-    """The shortest way through :func:`separable_attention` where gradients are wanted.
-
-    As :func:`separable_attention_packed`: None when it cannot serve the call.
-    """
-    try:
-        qkv_weight, qkv_bias = qkv_proj["weight"], qkv_proj["bias"]
-        out_weight, out_bias = out_proj["weight"], out_proj["bias"]
-        if (
-            type(x) is not Tensor
-            or type(qkv_weight) is not Parameter
-            or type(out_weight) is not Parameter
-            or not (x.requires_grad or qkv_weight.requires_grad or out_weight.requires_grad)
-            or not x.is_cpu
-            or x.numel() == 0
-            or not torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch.is_autocast_enabled("cpu")
-        ):
-            return None
-        if patch_size is None:
-            patch_size = default_patch_size(x)
-        elif x.dim() == 3:
-            return None
-        return ops.self_attention(
-            x, qkv_weight, qkv_bias, out_weight, out_bias, value_act, *patch_size
-        )
-    except (IndexError, KeyError, RuntimeError, TypeError, ValueError):
+    except (IndexError, ValueError):  # a rank, and the kernels' checks of shapes and dtypes
+        return None
+    except RuntimeError:  # PyTorch's own: no tensor, another device; or there are no kernels
         return None
 
 

@@ -7,11 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sep_attn.functional import (
-    separable_attention,
-    separable_attention_differentiated,
-    separable_attention_packed,
-)
+from sep_attn.functional import separable_attention, shortest_way
 from sep_attn.packed_weights import PackedWeights
 from sep_attn.validation import (
     ACTIVATIONS,
@@ -93,13 +89,8 @@ class SeparableAttention(nn.Module):
         need_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Arguments, results and errors of :func:`sep_attn.functional.separable_attention`."""
-        if (
-            x_prev is None
-            and key_padding_mask is None
-            and not need_weights
-            and self.backend in ("auto", "native")
-        ):
-            out = self._short_way(x)
+        if x_prev is None and key_padding_mask is None and not need_weights:
+            out = self._shortest_way(x)
             if out is not None:
                 return out
         qkv_proj, out_proj = self.qkv_proj, self.out_proj
@@ -123,22 +114,20 @@ class SeparableAttention(nn.Module):
             return self.proj_drop(result[0]), result[1]
         return self.proj_drop(result)
 
-    def _short_way(self, x: Tensor) -> Tensor | None:
+    def _shortest_way(self, x: Tensor) -> Tensor | None:
         # nn.Module's own look-up of a child or parameter takes a microsecond each
-        modules = self._modules
-        tensors = (
+        modules, training = self._modules, self.training
+        if training and modules["attn_drop"].p > 0.0:
+            return None
+        out = shortest_way(
             x,
             modules["qkv_proj"]._parameters,
             modules["out_proj"]._parameters,
             self.value_act,
             self.patch_size,
+            self.backend,
+            None if training else self._packed_weights,
         )
-        training = self.training
-        if not training and not torch.is_grad_enabled():
-            return separable_attention_packed(*tensors, self._packed_weights)
-        if training and modules["attn_drop"].p > 0.0:
-            return None
-        out = separable_attention_differentiated(*tensors)
         if out is None or not training or modules["proj_drop"].p == 0.0:
             return out
         return self.proj_drop(out)

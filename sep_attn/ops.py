@@ -227,9 +227,16 @@ def _separable_attention_fake(
     return torch.empty_like(x), _per_token(x if x_prev is None else x_prev), statistics
 
 
+def _refuse_meta_parameters(x: Tensor) -> None:
+    # A fake answers for every call in which any tensor is on meta. The shortest way trusts it.
+    if type(x) is Tensor and not x.is_meta:
+        raise ValueError(f"x is on {x.device} and a parameter on meta")
+
+
 def _separable_attention_native_fake(
     x: Tensor, x_prev: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _refuse_meta_parameters(x)
     *tensors, act, patch_h, patch_w, for_backward = arguments
     fake: Callable[..., Any] = _separable_attention_fake
     results = fake(x, x_prev, *tensors, 0.0, act, patch_h, patch_w)
@@ -244,6 +251,7 @@ def _separable_attention_inference_fake(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def _separable_attention_packed_fake(x: Tensor, *arguments: Any) -> Tensor:
+    _refuse_meta_parameters(x)
     return torch.empty_like(x)
 
 
@@ -508,9 +516,9 @@ class _SelfAttention(torch.autograd.Function):
         grad_x, _, grad_qkv_weight, grad_qkv_bias, grad_out_weight, grad_out_bias = grads
         return (
             grad_x if needed[0] else None,
-            grad_qkv_weight if needed[1] else None,
+            grad_qkv_weight.view(qkv_weight.shape) if needed[1] else None,
             grad_qkv_bias if needed[2] else None,
-            grad_out_weight if needed[3] else None,
+            grad_out_weight.view(out_weight.shape) if needed[3] else None,
             grad_out_bias if needed[4] else None,
             None,
             None,

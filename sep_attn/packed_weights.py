@@ -26,12 +26,19 @@ class PackedWeights:
     def __init__(self) -> None:
         self.memory: Tensor | None = None
 
-    def allocate(self, qkv_weight: Tensor) -> Tensor:
+    def allocate(self, qkv_weight: Tensor | None) -> Tensor:
         """New memory for the weights of a layer like this one's.
+
+        Args:
+            qkv_weight: ``[1 + 2 D, D]``, or ``[1 + 2 D, D, 1, 1]``.
 
         Raises:
             RuntimeError: the C++ kernels are not available.
+            ValueError: the weight is missing, or of a rank or dtype that they do not take.
         """
+        if qkv_weight is None or qkv_weight.dim() < 2:
+            given = None if qkv_weight is None else list(qkv_weight.shape)
+            raise ValueError(f"qkv_weight has shape {given}, expected [1 + 2 D, D]")
         size = native.packed_weights_bytes(qkv_weight.dtype, qkv_weight.shape[1])
         with torch.inference_mode(False):
             self.memory = torch.zeros(size, dtype=torch.uint8, device="cpu")

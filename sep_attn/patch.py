@@ -1,6 +1,7 @@
 """Serves the attention of timm's and Hugging Face's MobileViTv2 with this package's kernels.
 
-Only the ``forward`` of each attention *instance* is rebound. Modules, parameters, hooks and
+Only methods of each attention *instance* are rebound: ``forward``, and ``train`` and ``_apply``,
+which also release the weights that were packed for the kernels. Modules, parameters, hooks and
 ``state_dict`` stay as they are, and weights are read when the layer is called.
 """
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from sep_attn.functional import separable_attention
+from sep_attn.functional import separable_attention, shortest_way
+from sep_attn.packed_weights import PackedWeights
 from sep_attn.validation import BACKENDS, check_choice
 
 _CONV_LAYER = "MobileViTV2ConvLayer"  # Hugging Face's wrapper of a convolution
@@ -59,8 +61,11 @@ def patch(model: nn.Module, *, backend: str = "auto") -> int:
             own_forward = own_forward.args[1]
         elif own_forward is not None:
             warnings.warn(f"sep_attn.patch replaces the forward set on {where}", stacklevel=2)
-        forward = _FORWARDS[_qualified_name(base)]
-        module.forward = functools.partial(forward, module, own_forward, backend)
+        forward, packed = _FORWARDS[_qualified_name(base)], PackedWeights()
+        module.forward = functools.partial(forward, module, own_forward, backend, packed)
+        for method, release in _RELEASING.items():
+            if method not in module.__dict__ or _is_releasing(module, method):
+                setattr(module, method, functools.partial(release, module, packed))
         served += 1
     if not served:
         found = sorted({type(module).__name__ for module in model.modules()})
@@ -87,6 +92,9 @@ def unpatch(model: nn.Module) -> int:
         del module.forward
         if own_forward is not None:
             module.forward = own_forward
+        for method in _RELEASING:
+            if _is_releasing(module, method):
+                delattr(module, method)
     return len(patched)
 
 
@@ -95,26 +103,37 @@ def _check_model(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-# The new forwards are module-level functions bound by functools.partial, which survive pickle and
-# deepcopy; a bound method would come back as the forward of the class.
+# The new methods are module-level functions bound by functools.partial, which survive pickle and
+# deepcopy; a bound method would come back as that of the class.
 
 
 def _timm_forward(
-    module: Any, own_forward: Any, backend: str, x: Tensor, x_prev: Tensor | None = None
+    module: Any,
+    own_forward: Any,
+    backend: str,
+    packed: PackedWeights,
+    x: Tensor,
+    x_prev: Tensor | None = None,
 ) -> Tensor:
     if reason := _changed(module):
         return _step_aside(module, own_forward, backend, reason)(x, x_prev)
-    out = _attend(module.qkv_proj, module.attn_drop, module.out_proj, x, x_prev, backend)
-    return module.out_drop(out)
+    children = module._modules
+    projections = children["qkv_proj"], children["out_proj"]
+    out = _attend(module, projections, children["attn_drop"], x, x_prev, backend, packed)
+    out_drop = children["out_drop"]
+    idle = not out_drop.training and _not_plain("out_drop", out_drop, nn.Dropout) is None
+    return out if idle else out_drop(out)
 
 
 def _hugging_face_forward(
-    module: Any, own_forward: Any, backend: str, hidden_states: Tensor
+    module: Any, own_forward: Any, backend: str, packed: PackedWeights, hidden_states: Tensor
 ) -> Tensor:
     if reason := _changed(module):
         return _step_aside(module, own_forward, backend, reason)(hidden_states)
-    qkv_proj, out_proj = module.qkv_proj.convolution, module.out_proj.convolution
-    return _attend(qkv_proj, module.attn_dropout, out_proj, hidden_states, None, backend)
+    children = module._modules
+    qkv_proj, out_proj = children["qkv_proj"].convolution, children["out_proj"].convolution
+    dropout = children["attn_dropout"]
+    return _attend(module, (qkv_proj, out_proj), dropout, hidden_states, None, backend, packed)
 
 
 # Recognised by name: neither library is imported.
@@ -126,11 +145,38 @@ _FORWARDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def _train(module: nn.Module, packed: PackedWeights, mode: bool = True) -> nn.Module:
+    if mode:
+        packed.release()
+    return type(module).train(module, mode)
+
+
+def _apply(module: nn.Module, packed: PackedWeights, *args: Any, **kwargs: Any) -> nn.Module:
+    packed.release()
+    return type(module)._apply(module, *args, **kwargs)
+
+
+_RELEASING: dict[str, Callable[..., nn.Module]] = {"train": _train, "_apply": _apply}
+
+
 def _attend(
-    qkv_proj: Any, dropout: Any, out_proj: Any, x: Tensor, x_prev: Tensor | None, backend: str
+    module: nn.Module,
+    projections: tuple[Any, Any],
+    dropout: nn.Dropout,
+    x: Tensor,
+    x_prev: Tensor | None,
+    backend: str,
+    packed: PackedWeights,
 ) -> Tensor:
     if x.dim() != 4:
         raise ValueError(f"x has shape {list(x.shape)}, expected [B, C, P, N]")
+    qkv_proj, out_proj = projections
+    if x_prev is None and (dropout.p == 0.0 or not dropout.training):
+        parameters = qkv_proj._parameters, out_proj._parameters
+        kept = None if module.training else packed
+        out = shortest_way(x, *parameters, "relu", None, backend, kept)
+        if out is not None:
+            return out
     return separable_attention(
         x,
         qkv_proj.weight.flatten(1),  # [1 + 2 D, D, 1, 1] -> [1 + 2 D, D]
@@ -156,6 +202,11 @@ def _step_aside(module: nn.Module, own_forward: Any, backend: str, reason: str) 
 def _is_patched(module: nn.Module) -> bool:
     forward = module.__dict__.get("forward")
     return isinstance(forward, functools.partial) and forward.func in _FORWARDS.values()
+
+
+def _is_releasing(module: nn.Module, method: str) -> bool:
+    bound = module.__dict__.get(method)
+    return isinstance(bound, functools.partial) and bound.func is _RELEASING[method]
 
 
 def _qualified_name(cls: type) -> str:

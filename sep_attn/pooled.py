@@ -111,11 +111,14 @@ def separable_attention_packed(
     patch_h: int,
     patch_w: int,
 ) -> Tensor:
-    """The result of operator ``separable_attention_packed``; nothing is packed."""
+    """The result of operator ``separable_attention_packed``; nothing is packed.
+
+    The operator takes weights as a 1 x 1 convolution has them, too.
+    """
     if patch_h == 0:
         patch_h, patch_w = default_patch_size(x)
     act = "relu" if relu else "identity"
-    weights = (qkv_weight, qkv_bias, out_weight, out_bias)
+    weights = (qkv_weight.flatten(1), qkv_bias, out_weight.flatten(1), out_bias)
     return separable_attention_inference(x, None, *weights, None, None, act, patch_h, patch_w)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import convert_init
 from sep_attn.initialization import FRESH, STARTS
+from sep_attn.validation import ACTIVATIONS
 
 
 def few_digits(seed: int) -> convert_init.Digits:
@@ -52,7 +53,10 @@ def test_every_start_is_measured(
         if not line.startswith("#")
     ]
     names = [convert_init.MULTI_HEAD, FRESH, *STARTS]
-    measured = {tuple(line.split(",")[1:4:2]) for line in lines[1:]}
-    assert measured == {(name, epoch) for name in names for epoch in ("0", "1")}
+    measured = [tuple(line.split(",")[1:4]) for line in lines[1:]]
+    models = [(convert_init.MULTI_HEAD, "")] + [
+        (name, value_act) for value_act in ACTIVATIONS for name in (FRESH, *STARTS)
+    ]
+    assert measured == [(*model, epoch) for model in models for epoch in ("0", "1")]
     printed = capsys.readouterr().out
     assert all(name in printed for name in names)

@@ -4,6 +4,7 @@ bit for bit what the long way gives."""
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from test_layer import backend_or_skip
 from torch import Tensor, nn
 
+from benchmarks import models
 from sep_attn import SeparableAttention, functional, module
 
 DIM = 16
+patch_module = importlib.import_module("sep_attn.patch")  # the package names the function so
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -29,7 +32,7 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     taken: list[str] = []
 
     def short(*args: object) -> Tensor | None:
-        out = functional.separable_attention_differentiated(*args)
+        out = functional.shortest_way(*args)
         if out is not None:
             taken.append("short")
         return out
@@ -38,7 +41,7 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         taken.append("long")
         return functional.separable_attention(*args, **kwargs)
 
-    monkeypatch.setattr(module, "separable_attention_differentiated", short)
+    monkeypatch.setattr(module, "shortest_way", short)
     monkeypatch.setattr(module, "separable_attention", long)
     return taken
 
@@ -69,7 +72,7 @@ def test_same_bits_as_the_long_way(
     x = torch.randn(shape, dtype=dtype, requires_grad=True)
     gradient = torch.randn(shape, dtype=dtype)
     short = gradients(layer, x, gradient)
-    monkeypatch.setattr(module, "separable_attention_differentiated", lambda *_: None)
+    monkeypatch.setattr(module, "shortest_way", lambda *_: None)
     long = gradients(layer, x, gradient)
     assert ways == ["short", "long"]
     for ours, expected in zip(short, long, strict=True):
@@ -155,6 +158,14 @@ BAD: dict[str, tuple[Callable[[], Tensor], int | None]] = {
 }
 
 
+def test_a_parameter_on_meta_is_refused(ways: list[str]) -> None:
+    layer = SeparableAttention(DIM)
+    layer.out_proj.to("meta")
+    with pytest.raises(ValueError, match="meta"):
+        layer(torch.randn(2, 10, DIM))
+    assert ways == ["long"]
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_errors_are_those_of_the_long_way(
     case: str, ways: list[str], monkeypatch: pytest.MonkeyPatch
@@ -163,7 +174,7 @@ def test_errors_are_those_of_the_long_way(
     layer, x = SeparableAttention(DIM, patch_size=patch_size), make()
     with pytest.raises((TypeError, ValueError)) as with_short_way:
         layer(x)
-    monkeypatch.setattr(module, "separable_attention_differentiated", lambda *_: None)
+    monkeypatch.setattr(module, "shortest_way", lambda *_: None)
     with pytest.raises((TypeError, ValueError)) as without:
         layer(x)
     assert ways == ["long"] * 2
@@ -206,3 +217,26 @@ def test_saved_tensors_can_be_packed(ways: list[str]) -> None:
         got = gradients(layer, x, gradient)
     assert ways == ["short"] * 2 and x.shape in packed
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_patched_layers_take_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm_layer = models.timm_attention(DIM)
+    layer = copy.deepcopy(timm_layer)
+    patch_module.patch(layer)
+    x = torch.randn(2, DIM, 4, 9, requires_grad=True)
+    gradient = torch.randn(2, DIM, 4, 9)
+    taken: list[bool] = []
+
+    def short(*args: object) -> Tensor | None:
+        out = functional.shortest_way(*args)
+        taken.append(out is not None)
+        return out
+
+    monkeypatch.setattr(patch_module, "shortest_way", short)
+    got = gradients(layer.train(), x, gradient)
+    monkeypatch.setattr(patch_module, "shortest_way", lambda *_: None)
+    expected = gradients(layer, x, gradient)
+    assert taken == [True]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    for ours, theirs in zip(got, gradients(timm_layer, x, gradient), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -223,8 +223,9 @@ def test_a_call_leaves_no_memory_behind() -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
-    before = resident_after(2_000)
-    assert resident_after(200_000) - before < 2 << 20  # 10 bytes a call
+    # A leak grows every time; what other threads of this process allocate meanwhile does not.
+    sizes = [resident_after(2_000), resident_after(200_000), resident_after(200_000)]
+    assert min(sizes[1] - sizes[0], sizes[2] - sizes[1]) < 2 << 20  # 10 bytes a call
 
 
 def test_one_thread_and_many_give_the_same_bits() -> None:

@@ -162,17 +162,26 @@ def test_opcheck_of_inference(backend: str, device: torch.device) -> None:
     )
 
 
-def test_opcheck_of_the_packed_form() -> None:
+@pytest.mark.parametrize("convolution", [False, True], ids=["linear", "convolution"])
+def test_opcheck_of_the_packed_form(convolution: bool) -> None:
     backend_or_skip("native", torch.device("cpu"), torch.float32)
     x, _, *weights = layer_arguments(torch.device("cpu"), grad=False, dim=16)[:6]
     x = x.flatten(2).mT.repeat(2, 1, 1)
+    packed = operator("separable_attention_packed", "native")
     memory = torch.zeros(native.packed_weights_bytes(torch.float32, 16), dtype=torch.uint8)
+    expected = packed(x, *weights, memory, True, 0, 0)
+    if convolution:
+        weights = [each[:, :, None, None] if each.dim() == 2 else each for each in weights]
+    arguments = (x, *weights, memory, True, 0, 0)
     # What the memory holds is no result: only the fake and the schema's aliases are checked.
     torch.library.opcheck(
-        operator("separable_attention_packed", "native"),
-        (x, *weights, memory, True, 0, 0),
+        packed,
+        arguments,
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+    assert torch.equal(packed(*arguments), expected)
+    decomposed = ops.DECOMPOSITIONS[packed](*arguments)
+    torch.testing.assert_close(decomposed, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_values_are_kept_for_a_backward_pass_only() -> None:

@@ -204,9 +204,13 @@ def test_the_report_says_what_was_found(quick: Path, result: dict) -> None:
     for figure in ("9.90", "10.20", "3.40", "1.40", "320 x 320", "torch.utils.flop_counter"):
         assert figure in text
     assert "agrees with the paper's to its last digit" in text
+    assert "Not confirmed: the three times" in text
 
     other = copy.deepcopy(result)
     other["sizes"][0].update(gmacs=0.6, gmacs_agree=False)
+    assert "The authors' own list of models has 1.4 M too" in document(other)
+    other["sizes"][0].update(parameters_m=1.6, parameters_agree=False)
+    assert "The authors' own list" not in document(other)
     for row in other["latency"]:
         row["times_faster_than_multi_head"] = 4.0
     for row in other["figure"]:
@@ -214,4 +218,4 @@ def test_the_report_says_what_was_found(quick: Path, result: dict) -> None:
     changed = document(other)
     assert "0.600 x 10^9 multiply-adds (paper 0.5; this count is +20.0% from it)" in changed
     assert "the paper's ratio is reached or passed" in changed
-    assert "it is not at k = 64, 256" in changed
+    assert "it is not the fastest at k = 64, 256" in changed

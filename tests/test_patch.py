@@ -208,19 +208,20 @@ class OperatorLog(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_the_asked_backend_runs(library: Library, backend: str, device: torch.device) -> None:
+def test_the_asked_backend_runs(
+    library: Library, backend: str, training: bool, device: torch.device
+) -> None:
     kernels = "native" if device.type == "cpu" else "triton"
     if reason := unavailable_reason(kernels, device, torch.float32):
         pytest.skip(reason)
-    fused = patched(library.layer(device), backend=backend)
+    fused = patched(library.layer(device), backend=backend).train(training)
     with OperatorLog() as log, torch.no_grad():
         fused(tokens(device))
-    expected = {
-        "native": ["sep_attn::separable_attention_inference_native"],
-        "triton": ["sep_attn::context_pool_triton", "sep_attn::gate_triton"],
-    }
-    assert log.names == (expected[kernels] if backend == "auto" else [])
+    form = "packed" if kernels == "native" and not training else "inference"
+    expected = [f"sep_attn::separable_attention_{form}_{kernels}"]
+    assert log.names == (expected if backend == "auto" else [])
 
 
 def test_layer_without_bias(device: torch.device) -> None:
@@ -282,6 +283,17 @@ def test_output_dropout_of_timm(device: torch.device) -> None:
     zeros = dropped == 0.0
     assert 0.4 < zeros.float().mean() < 0.6
     torch.testing.assert_close(dropped[~zeros], 2.0 * kept[~zeros])
+
+
+def test_output_dropout_of_timm_is_called_where_it_may_do_something() -> None:
+    fused, calls = patched(models.timm_attention(DIM)).eval(), []
+    x = tokens(torch.device("cpu"))
+    plain = fused(x)
+    handle = fused.out_drop.register_forward_hook(lambda module, args, out: calls.append(out))
+    assert torch.equal(fused(x), plain) and len(calls) == 1
+    handle.remove()
+    fused.out_drop = LowRank(DIM, DIM, 1)
+    assert torch.equal(fused(x), fused.out_drop(plain))
 
 
 # What users do to models -------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from benchmarks.paper import units
 
 DIM = 512
 PROFILED_TOKENS = 256
-TOP_OPERATORS = 5  # as many as the paper shows
+TOP_OPERATORS = 5
 # The batch-wise products in which the paper sees the bottleneck; the second is fused with softmax.
 BATCHED = ("aten::bmm", "aten::_scaled_dot_product_flash_attention_for_cpu")
 PROJECTIONS = ("aten::mm", "aten::addmm")
