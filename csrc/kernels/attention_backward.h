@@ -103,7 +103,7 @@ template <typename S, Activation kActivation>
 class AttentionBackwardPass {
   using T = Accumulate<S>;
   static constexpr int64_t kWidth = kPanelWidth<T>;
-  static constexpr int64_t kMostInPlace = 256;  // channels
+  static constexpr int64_t kMostInPlace = 256;  // channels of weights that are not packed
   static constexpr bool kHalf = !std::is_same<S, T>::value;
 
  public:
@@ -123,7 +123,8 @@ class AttentionBackwardPass {
         panels_(panels_in<T>(channels_)),
         panel_size_(channels_ * kWidth),
         workers_(workers_for(tokens_, 8 * channels_ * channels_, parallel.threads)),
-        whole_(tokens_ <= channels_ && (workers_ > 1 || tokens_ > kTileRows)),
+        whole_((op.grad_qkv_weight || op.grad_out_weight) && tokens_ <= channels_ &&
+               (workers_ > 1 || tokens_ > kTileRows)),
         parts_(parts_in(tokens_, whole_ ? 2 * kBlockRows : 4 * larger(64, channels_), workers_)),
         pools_strips_(pool_strips()),
         pool_parts_(parts_in(prev_tokens_, 64, workers_)),
@@ -132,9 +133,9 @@ class AttentionBackwardPass {
         out_weight_(op.out_weight, channels_, channels_),
         vectors_(3 * padded_),
         packed_((!in_place_weights_ ? 4 : (op.values == nullptr ? 1 : 0)) * panels_ * panel_size_),
-        in_place_(!kHalf && channels_ == padded_),
+        first_sum_in_place_(!kHalf && channels_ == padded_),
         weight_sums_((op.grad_qkv_weight || op.grad_out_weight) && !whole_
-                         ? (parts_ - in_place_) * 2 * channels_ * padded_
+                         ? (parts_ - first_sum_in_place_) * 2 * channels_ * padded_
                          : 0),
         whole_rows_(whole_ ? kOperands * tokens_ * tile_stride_ : 0),
         bias_sums_(parts_ * 2 * padded_),
@@ -235,13 +236,13 @@ class AttentionBackwardPass {
   }
   // Where it fits, the first part's sums of the weights' gradients are the gradients themselves.
   T* value_weight_sum(int64_t part) const {
-    if (part < in_place_) {
+    if (part < first_sum_in_place_) {
       return static_cast<T*>(op_.grad_qkv_weight) + (1 + channels_) * channels_;
     }
-    return weight_sums_.get() + (part - in_place_) * 2 * channels_ * padded_;
+    return weight_sums_.get() + (part - first_sum_in_place_) * 2 * channels_ * padded_;
   }
   T* out_weight_sum(int64_t part) const {
-    if (part < in_place_) return static_cast<T*>(op_.grad_out_weight);
+    if (part < first_sum_in_place_) return static_cast<T*>(op_.grad_out_weight);
     return value_weight_sum(part) + channels_ * padded_;
   }
   T* value_bias_sum(int64_t part) const { return bias_sums_.get() + part * 2 * padded_; }
@@ -502,7 +503,7 @@ class AttentionBackwardPass {
 
   template <typename Sums>
   void sum_weight_rows(Range own, const Sums& sums, S* target) const {
-    if (whole_ || (in_place_ && parts_ == 1)) return;
+    if (whole_ || (first_sum_in_place_ && parts_ == 1)) return;
     const StoreResult<S> result = {target, channels_, channels_};
     for (int64_t row = own.begin; row < own.end; ++row) {
       for (int64_t d = 0; d < channels_; d += kLanes<T>) {
@@ -777,7 +778,7 @@ class AttentionBackwardPass {
   const bool in_place_weights_;
   const WeightRows<S> qkv_weight_, out_weight_;
   const Buffer<T> vectors_, packed_;
-  const bool in_place_;
+  const bool first_sum_in_place_;
   const Buffer<T> weight_sums_, whole_rows_, bias_sums_, score_sums_;
   const Buffer<T*> context_sums_;
   const Buffer<T> context_sums_data_, tiles_, delayed_grad_x_, slice_values_, slice_sums_;
