@@ -47,7 +47,7 @@ LOADED = {"X_LAYOUT", "V_LAYOUT", "GRAD_Y_LAYOUT"}
 
 def run_without_interpreter(tmp_path: Path, *arguments: str) -> str:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["TRITON_CACHE_DIR"] = environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     environment["OMP_NUM_THREADS"] = "1"
     result = subprocess.run(

@@ -7,15 +7,18 @@ which :mod:`sep_attn.validation` has checked.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "Sources",
     "context_pool",
     "context_pool_backward",
     "gate",
@@ -23,6 +26,8 @@ __all__ = [
     "separable_attention",
     "separable_attention_backward",
     "separable_attention_inference",
+    "traces",
+    "tracing_launches",
     "unavailable_reason",
 ]
 
@@ -105,6 +110,27 @@ def separable_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
     from sep_attn.triton_kernels import attention
 
     return attention.separable_attention_backward(*arguments)
+
+
+def traces(device: torch.device) -> bool:
+    """Whether launches on ``device`` can be nodes of a graph; the interpreter's cannot."""
+    return device.type in ("cuda", "xpu") and os.environ.get("TRITON_INTERPRET") != "1"
+
+
+def tracing_launches() -> contextlib.AbstractContextManager[None]:
+    """See :func:`sep_attn.triton_kernels.tracing.active`."""
+    from sep_attn.triton_kernels import tracing
+
+    return tracing.active()
+
+
+class Sources:
+    """What the launchers are made of, as ``torch`` asks for it: in the form of Triton kernels."""
+
+    def __iter__(self) -> Iterator[Any]:
+        from sep_attn.triton_kernels import tracing
+
+        yield tracing.fingerprint()
 
 
 def unavailable_reason(device: torch.device) -> str | None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sep_attn.triton_kernels.launch import (
     TokenGrid,
@@ -39,7 +40,7 @@ class Tiling(NamedTuple):
 def tiling(grid: TokenGrid, block_tokens: int) -> Tiling:
     """Cuts bands into tiles of ``block_tokens`` rows, or puts short bands side by side."""
     rows = block_tokens
-    while rows // 2 >= max(grid.tokens, FEWEST_ROWS):
+    while rows // 2 >= FEWEST_ROWS and statically_known_true(grid.tokens <= rows // 2):
         rows //= 2
     bands = block_tokens // rows
     band_tiles = triton.cdiv(grid.tokens, rows)
