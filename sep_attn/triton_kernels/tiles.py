@@ -70,6 +70,16 @@ def chunk_channels(CHUNKS: tl.constexpr, i: tl.constexpr):
 
 
 @triton.jit
+def in_words(tokens, width, WIDE: tl.constexpr, WORD: tl.constexpr, GROUPS: tl.constexpr):
+    # Changes nothing: says that rows hold whole groups, and that wide runs hold whole words.
+    width = width // GROUPS * GROUPS
+    if WIDE:
+        tokens = tokens // WORD * WORD
+        width = width // WORD * WORD
+    return tokens, width
+
+
+@triton.jit
 def tile_rows(i_tile, band_tiles, bands, tokens, BANDS: tl.constexpr, BLOCK_N: tl.constexpr):
     # The band and the token of every row, and whether there is such a token.
     i = tl.arange(0, BLOCK_N)
