@@ -21,6 +21,12 @@ from sep_attn.validation import (
 _FOREIGN_INFIXES = (".block.conv.", ".convolution.")
 
 
+def _parameter(module: Any, name: str) -> Any:
+    """``module.name``, sooner where it is a plain parameter."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
+
+
 class SeparableAttention(nn.Module):
     """Separable self-attention, Mehta and Rastegari 2022, eq. 3.
 
@@ -89,6 +95,9 @@ class SeparableAttention(nn.Module):
         need_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Arguments, results and errors of :func:`sep_attn.functional.separable_attention`."""
+        # nn.Module's own look-up of a child or parameter takes a microsecond each
+        modules = self._modules
+        qkv_proj, out_proj = modules["qkv_proj"], modules["out_proj"]
         if (
             not self.training
             and x_prev is None
@@ -96,25 +105,22 @@ class SeparableAttention(nn.Module):
             and not need_weights
             and self.backend in ("auto", "native")
         ):
-            # nn.Module's own look-up of a child or parameter takes a microsecond each
-            modules = self._modules
             out = separable_attention_packed(
                 x,
-                modules["qkv_proj"]._parameters,
-                modules["out_proj"]._parameters,
+                qkv_proj._parameters,
+                out_proj._parameters,
                 self.value_act,
                 self.patch_size,
                 self._packed_weights,
             )
             if out is not None:
                 return out
-        qkv_proj, out_proj = self.qkv_proj, self.out_proj
         result = separable_attention(
             x,
-            qkv_proj.weight,
-            qkv_proj.bias,
-            out_proj.weight,
-            out_proj.bias,
+            _parameter(qkv_proj, "weight"),
+            _parameter(qkv_proj, "bias"),
+            _parameter(out_proj, "weight"),
+            _parameter(out_proj, "bias"),
             x_prev=x_prev,
             key_padding_mask=key_padding_mask,
             dropout_p=self.attn_drop.p if self.training else 0.0,

@@ -458,11 +458,17 @@ _OPERATORS["separable_attention_packed", "native"] = (
     torch.ops.sep_attn.separable_attention_packed_native.default
 )
 
+
+def _inference_in_pooled_form(*arguments: Any) -> Tensor:
+    out, *_ = _POOLED_FORMS["separable_attention"](*arguments, False)
+    return out
+
+
 _POOLED_FORMS: dict[str, Any] = {
     "context_pool": pooled.context_pool,
     "gate": pooled.gate,
     "separable_attention": pooled.separable_attention,
-    "separable_attention_inference": pooled.separable_attention_inference,
+    "separable_attention_inference": _inference_in_pooled_form,
     "separable_attention_packed": pooled.separable_attention_packed,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ BACKENDS = ("auto", "native", "triton", "reference")
 
 
 @torch.compiler.assume_constant_result
+@functools.cache
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 

@@ -32,6 +32,11 @@ __all__ = [
 ]
 
 
+@functools.cache
+def _module(name: str) -> Any:
+    return importlib.import_module(f"sep_attn.triton_kernels.{name}")
+
+
 def context_pool(
     x: Tensor,
     scores: Tensor,
@@ -41,9 +46,9 @@ def context_pool(
     patch_w: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`sep_attn.triton_kernels.pooling.context_pool`."""
-    from sep_attn.triton_kernels import pooling
-
-    return pooling.context_pool(x, scores, key_padding_mask, dropout_scale, patch_h, patch_w)
+    return _module("pooling").context_pool(
+        x, scores, key_padding_mask, dropout_scale, patch_h, patch_w
+    )
 
 
 def context_pool_backward(
@@ -59,9 +64,7 @@ def context_pool_backward(
     patch_w: int,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`sep_attn.triton_kernels.pooling.context_pool_backward`."""
-    from sep_attn.triton_kernels import pooling
-
-    return pooling.context_pool_backward(
+    return _module("pooling").context_pool_backward(
         grad_pooled,
         grad_weight_sum,
         grad_weights,
@@ -77,39 +80,29 @@ def context_pool_backward(
 
 def gate(v: Tensor, context: Tensor, act: str, patch_h: int, patch_w: int) -> Tensor:
     """See :func:`sep_attn.triton_kernels.gating.gate`."""
-    from sep_attn.triton_kernels import gating
-
-    return gating.gate(v, context, act, patch_h, patch_w)
+    return _module("gating").gate(v, context, act, patch_h, patch_w)
 
 
 def gate_backward(
     grad_y: Tensor, v: Tensor, context: Tensor, act: str, patch_h: int, patch_w: int
 ) -> tuple[Tensor, Tensor]:
     """See :func:`sep_attn.triton_kernels.gating.gate_backward`."""
-    from sep_attn.triton_kernels import gating
-
-    return gating.gate_backward(grad_y, v, context, act, patch_h, patch_w)
+    return _module("gating").gate_backward(grad_y, v, context, act, patch_h, patch_w)
 
 
 def separable_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`sep_attn.triton_kernels.attention.separable_attention`."""
-    from sep_attn.triton_kernels import attention
-
-    return attention.separable_attention(*arguments)
+    return _module("attention").separable_attention(*arguments)
 
 
 def separable_attention_inference(*arguments: Any) -> Tensor:
     """See :func:`sep_attn.triton_kernels.attention.separable_attention_inference`."""
-    from sep_attn.triton_kernels import attention
-
-    return attention.separable_attention_inference(*arguments)
+    return _module("attention").separable_attention_inference(*arguments)
 
 
 def separable_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """See :func:`sep_attn.triton_kernels.attention.separable_attention_backward`."""
-    from sep_attn.triton_kernels import attention
-
-    return attention.separable_attention_backward(*arguments)
+    return _module("attention").separable_attention_backward(*arguments)
 
 
 def traces(device: torch.device) -> bool:
@@ -119,18 +112,15 @@ def traces(device: torch.device) -> bool:
 
 def tracing_launches() -> contextlib.AbstractContextManager[None]:
     """See :func:`sep_attn.triton_kernels.tracing.active`."""
-    from sep_attn.triton_kernels import tracing
-
-    return tracing.active()
+    active: contextlib.AbstractContextManager[None] = _module("tracing").active()
+    return active
 
 
 class Sources:
     """What the launchers are made of, as ``torch`` asks for it: in the form of Triton kernels."""
 
     def __iter__(self) -> Iterator[Any]:
-        from sep_attn.triton_kernels import tracing
-
-        yield tracing.fingerprint()
+        yield _module("tracing").fingerprint()
 
 
 def unavailable_reason(device: torch.device) -> str | None:

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 from sep_attn.triton_kernels import tracing
 
@@ -223,8 +224,11 @@ class Launch:
             if name in self.operands
         ]
 
-    def __call__(self, kind: tuple[Any, ...], tensors: Mapping[str, Tensor | None]) -> None:
-        """Launches on what the kernel takes of ``tensors``, which are of this :func:`kind_of`."""
+    def __call__(
+        self, kind: tuple[Any, ...], tensors: Mapping[str, Tensor | None], stream: int | None = None
+    ) -> None:
+        """Launches on what the kernel takes of ``tensors``, which are of this :func:`kind_of`, on a
+        stream (default: the current one)."""
         compiled = self._compiled.get(kind)
         if compiled is None:
             grid = (self.programs, 1, 1)
@@ -236,7 +240,7 @@ class Launch:
         arguments = self._template.copy()
         for place, operand in self._places:
             arguments[place] = tensors[operand]
-        compiled(*arguments)
+        compiled(*arguments, stream=stream)
 
 
 def kind_of(device: torch.device, tensors: Mapping[str, Tensor | None]) -> tuple[Any, ...]:
@@ -256,8 +260,12 @@ def run(
         return
     kind = kind_of(device, tensors)
     with on_device(device):
+        # Asked for once: Triton would ask for device and stream at every launch.
+        stream = None
+        if device.index is not None:
+            stream = driver.active.get_current_stream(device.index)
         for launch in launches:
-            launch(kind, tensors)
+            launch(kind, tensors, stream)
 
 
 def planned(plan: Callable[..., Any]) -> Any:
