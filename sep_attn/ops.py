@@ -40,7 +40,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.triton import triton_ops_to_kernels
+from torch._library import triton as triton_library
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
@@ -74,7 +74,7 @@ def _serve_with_triton(name: str, launcher: Callable[..., Any]) -> None:
             return launcher(*map(_in_memory_once, args), **kwargs)
 
     torch.library.register_torch_dispatch(qualified, FunctionalTensorMode, decompose, lib=_library)
-    triton_ops_to_kernels[qualified] = triton_kernels.Sources()
+    triton_library.triton_ops_to_kernels[qualified] = triton_kernels.Sources()
 
 
 def _in_memory_once(value: Any) -> Any:

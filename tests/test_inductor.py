@@ -13,15 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import Case, inputs_of
+from oracle import Case, distance, inputs_of
 from test_triton_attention import PATHS, call, forget_plans, take_path
 from test_triton_compile import run_without_interpreter
+from torch._dynamo.testing import CompileCounterWithBackend
 
 pytest.importorskip("triton")
 
-from sep_attn import ops, triton_kernels
+from sep_attn import SeparableAttention, ops, triton_kernels
 from sep_attn.triton_kernels import attention, configs, launch
 
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="as if there were a GPU")
 SCRIPT = str(Path(__file__).parent / "inductor_trace.py")
 LONG = ["score_pool_fwd_kernel", "context_combine_kernel", "value_gate_output_fwd_kernel"]
 WIDE = [*LONG[:2], "token_product_kernel", "token_product_kernel"]
@@ -59,6 +61,7 @@ def launches(graph: dict[str, Any]) -> list[dict[str, Any]]:
     return [node for node in graph["nodes"] if "kernel" in node]
 
 
+@WITHOUT_GPU
 def test_launches_are_nodes_of_the_graphs(graphs: dict[tuple[str, str], dict[str, Any]]) -> None:
     assert graphs.keys() == KERNELS.keys()
     for key, kernels in KERNELS.items():
@@ -74,6 +77,7 @@ def test_launches_are_nodes_of_the_graphs(graphs: dict[tuple[str, str], dict[str
         assert set(kernels) <= set(graphs[key]["sources"]), key
 
 
+@WITHOUT_GPU
 def test_constants_come_from_the_tables(graphs: dict[tuple[str, str], dict[str, Any]]) -> None:
     checked = set()
     for (case, _), graph in graphs.items():
@@ -92,6 +96,7 @@ def test_constants_come_from_the_tables(graphs: dict[tuple[str, str], dict[str, 
     assert checked == configs.SM_90.keys() - {n for n in configs.SM_90 if n.endswith("float32")}
 
 
+@WITHOUT_GPU
 @pytest.mark.parametrize(
     "case, served",
     [
@@ -118,6 +123,7 @@ def test_one_graph_serves_many_lengths(
     assert len(dividing) <= most.get(case, 1), dividing
 
 
+@WITHOUT_GPU
 @pytest.mark.parametrize("case", ["long", "short", "wide", "patches", "gate"])
 def test_neighbours_are_fused_into_a_kernel_on_each_side(
     case: str, graphs: dict[tuple[str, str], dict[str, Any]]
@@ -130,6 +136,7 @@ def test_neighbours_are_fused_into_a_kernel_on_each_side(
     assert operators[-1] == "aten.add.Tensor" and operators[0].startswith(("aten.", "prims."))
 
 
+@WITHOUT_GPU
 def test_what_inductor_wrote_compiles_like_the_kernels(tmp_path: Path) -> None:
     output = run_without_interpreter(tmp_path, SCRIPT, "training", "--compile")
     rows = [row for line in output.splitlines() for row in json.loads(line)["compiled"]]
@@ -139,6 +146,7 @@ def test_what_inductor_wrote_compiles_like_the_kernels(tmp_path: Path) -> None:
         assert row["loads"]["128"] > 0, row
 
 
+@WITHOUT_GPU
 def test_launches_are_traced_on_gpus_and_not_for_an_export(tmp_path: Path) -> None:
     found = json.loads(run_without_interpreter(tmp_path, SCRIPT, "--devices"))
     assert [name for name in found["cuda:0"] if name.endswith("kernel")] == LONG
@@ -170,7 +178,7 @@ def results_of(case: Case, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor
     return [out, weights, statistics, *grads, *pool, *pool_grads, y, *gate_grads]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="in Triton's interpreter")
+@WITHOUT_GPU
 @pytest.mark.parametrize("path", PATHS)
 def test_a_traced_launch_gives_the_same_bits(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     take_path(path, monkeypatch)
@@ -191,7 +199,7 @@ def test_a_traced_launch_gives_the_same_bits(path: str, monkeypatch: pytest.Monk
         assert torch.equal(result, value)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="in Triton's interpreter")
+@WITHOUT_GPU
 @pytest.mark.parametrize("path", ["long", "wide"])
 def test_empty_parts_change_nothing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where N is a symbol, tokens may be split into more parts than there are tiles for."""
@@ -217,3 +225,46 @@ def test_compiled_programs_on_disk_depend_on_the_launchers() -> None:
         if backend == "triton":
             (kernel,) = get_triton_kernels_for_op(f"sep_attn::{name}_triton")
             assert kernel.fn.__name__ == "fingerprint"
+
+
+# On a GPU -----------------------------------------------------------------------------------------
+
+
+def block(dim: int, device: torch.device) -> torch.nn.Module:
+    layers = torch.nn.LayerNorm(dim), SeparableAttention(dim, backend="triton"), torch.nn.SiLU()
+    return torch.nn.Sequential(*layers).to(device, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_programs_are_right_and_few(training: bool, device: torch.device) -> None:
+    """Forward and backward at many N; two graphs without gradients, three with them."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    model = block(128, device).train(training)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for tokens in (300, 129, 197, 1000, 5000, 16, 100, 49):
+        x = torch.randn(64, tokens, 128, device=device, dtype=torch.bfloat16)
+        torch._dynamo.mark_dynamic(x, 1)
+        results = []
+        for function in (model, compiled):
+            leaf = x.clone().requires_grad_(training)
+            torch._dynamo.mark_dynamic(leaf, 1)
+            with torch.set_grad_enabled(training):
+                out = function(leaf)
+            leaves = [leaf, *model.parameters()] if training else []
+            results.append([out, *(torch.autograd.grad(out.sum(), leaves) if leaves else ())])
+        for expected, result in zip(*results, strict=True):
+            assert distance(result, expected.double()) < 3e-2
+    assert counter.frame_count <= (3 if training else 2)
+
+
+@pytest.mark.gpu
+def test_a_compiled_program_in_a_cuda_graph(device: torch.device) -> None:
+    torch._dynamo.reset()
+    model = block(128, device).eval()
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        for _ in range(4):  # warm-up, capture, replays
+            x = torch.randn(4, 2000, 128, device=device, dtype=torch.bfloat16)
+            torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=2e-2)
