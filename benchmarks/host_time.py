@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import types
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -24,41 +23,12 @@ from triton.runtime import driver
 
 from benchmarks import report
 from benchmarks.gpu_tables import LATENCY_SHAPE, host_microseconds
-from benchmarks.machine_code import TARGETS
+from benchmarks.machine_code import TARGET, LaunchNothing, QuietDriver
 from sep_attn import SeparableAttention, functional, ops, triton_kernels
 from sep_attn.triton_kernels import attention
 
-TARGET = "sm_90"
 WARM_UP = 200
-
-
-class LaunchNothing:
-    """What Triton calls with a kernel's programs, stream and arguments."""
-
-    def __init__(self, source: Any, metadata: Any) -> None:
-        pass
-
-    def __call__(self, *arguments: Any) -> None:
-        pass
-
-
-class QuietDriver:
-    """All that Triton asks of a GPU."""
-
-    launcher_cls = LaunchNothing
-    utils = types.SimpleNamespace(
-        load_binary=lambda *_: (1, 2, 0, 0, 1024),
-        get_device_properties=lambda _: {"max_shared_mem": 232448},
-    )
-
-    def get_current_target(self) -> Any:
-        return TARGETS[TARGET]
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+BATCHES = (1, 64)  # a long slice, and short ones
 
 
 @contextlib.contextmanager
@@ -92,9 +62,15 @@ def calls(batch: int) -> dict[str, Callable[[], object]]:
     }
 
 
-def rows() -> Iterator[dict[str, Any]]:
+def count_launches(call: Callable[[], object]) -> int:
+    with mock.patch.object(LaunchNothing, "__call__") as launched:
+        call()
+    return launched.call_count
+
+
+def rows(rounds: int = 100) -> Iterator[dict[str, Any]]:
     with torch.no_grad(), launching_nothing():
-        for batch, launches in ((1, 3), (64, 1)):
+        for batch in BATCHES:
             for name, call in calls(batch).items():
                 for _ in range(WARM_UP):
                     call()
@@ -102,9 +78,9 @@ def rows() -> Iterator[dict[str, Any]]:
                     "B": batch,
                     "N": LATENCY_SHAPE.tokens,
                     "D": LATENCY_SHAPE.dim,
-                    "launches": launches,
+                    "launches": count_launches(call),
                     "from": name,
-                    "us": host_microseconds(call, lambda: None, rounds=100),
+                    "us": host_microseconds(call, lambda: None, rounds=rounds),
                 }
 
 

@@ -46,18 +46,9 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 
-from benchmarks.machine_code import TARGETS, resources
+from benchmarks.machine_code import TARGET, TARGETS, QuietDriver, resources
 from sep_attn import SeparableAttention, functional, triton_kernels
 from sep_attn.triton_kernels import attention
-
-TARGET = "sm_90"
-
-
-class Driver:
-    """All that is asked of a GPU while a kernel's intermediate code is made."""
-
-    def get_current_target(self) -> Any:
-        return TARGETS[TARGET]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +113,7 @@ def program_of(case: TraceCase) -> tuple[Callable[..., Tensor], tuple[Tensor, ..
 
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    driver.set_active(Driver())
+    driver.set_active(QuietDriver())
     with (
         mock.patch.object(attention, "architecture", lambda _: TARGET),
         mock.patch.object(triton_kernels, "unavailable_reason", lambda _: None),
@@ -294,7 +285,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.devices:
-        driver.set_active(Driver())
+        driver.set_active(QuietDriver())
         found = {device: operators_on(device) for device in ("cuda:0", "cpu")}
         print(json.dumps({**found, "export": operators_on("cuda:0", exporting=True)}))
         return

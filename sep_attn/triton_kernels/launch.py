@@ -195,10 +195,10 @@ class Plan(NamedTuple):
 class Launch:
     """A kernel, its programs and everything it is told but its tensors.
 
-    Triton compiles by what the arguments are: of tensors, whether they are there, and whether they
-    begin at a multiple of 16 bytes. What was compiled for tensors of a kind is kept, and launched
-    at once by the next call of that kind: to work that out takes Triton longer than a small layer's
-    kernel.
+    Triton compiles by what the arguments are: of tensors, whether they are there, their dtype, and
+    whether they begin at a multiple of 16 bytes. What was compiled for tensors of a kind is kept,
+    and launched at once by the next call of that kind: to work that out takes Triton longer than a
+    small layer's kernel.
 
     Args:
         kernel: a function of ``triton.jit``.
@@ -245,8 +245,11 @@ class Launch:
 
 def kind_of(device: torch.device, tensors: Mapping[str, Tensor | None]) -> tuple[Any, ...]:
     """What Triton compiles a kernel by, besides a launch's own arguments."""
-    aligned = [None if value is None else not value.data_ptr() & 15 for value in tensors.values()]
-    return device.index, *aligned
+    kinds = [
+        None if value is None else (value.dtype,) if value.data_ptr() & 15 else value.dtype
+        for value in tensors.values()
+    ]
+    return device.index, *kinds
 
 
 def run(
