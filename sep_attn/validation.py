@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +14,6 @@ BACKENDS = ("auto", "native", "triton", "reference")
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
