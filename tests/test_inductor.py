@@ -8,11 +8,13 @@ form runs in the interpreter and must give the same bits.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock  # torch needs it too
 from oracle import Case, distance, inputs_of
 from test_triton_attention import PATHS, call, forget_plans, take_path
 from test_triton_compile import run_without_interpreter
@@ -51,9 +53,17 @@ KERNELS = {
 
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
-    """Every graph of :mod:`inductor_trace`, by case and direction."""
-    output = run_without_interpreter(tmp_path_factory.mktemp("triton"), SCRIPT)
-    rows = [json.loads(line) for line in output.splitlines()]
+    """Every graph of :mod:`inductor_trace`, by case and direction; one worker of xdist's makes
+    them for all."""
+    folder = tmp_path_factory.mktemp("inductor")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = tmp_path_factory.getbasetemp().parent
+    file = folder / "inductor.jsonl"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            triton_cache = tmp_path_factory.mktemp("triton")
+            file.write_text(run_without_interpreter(triton_cache, SCRIPT))
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
     return {(row["case"], row["graph"]): row for row in rows}
 
 
