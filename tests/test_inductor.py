@@ -228,9 +228,12 @@ def test_empty_parts_change_nothing(path: str, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(result, value, rtol=1e-6, atol=1e-6)
 
 
-def test_compiled_programs_on_disk_depend_on_the_launchers() -> None:
+def test_compiled_programs_on_disk_depend_on_the_launchers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from torch._library.triton import get_triton_kernels_for_op
 
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for name, backend in ops._OPERATORS:
         if backend == "triton":
             (kernel,) = get_triton_kernels_for_op(f"sep_attn::{name}_triton")

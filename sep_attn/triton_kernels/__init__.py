@@ -120,7 +120,8 @@ class Sources:
     """What the launchers are made of, as ``torch`` asks for it: in the form of Triton kernels."""
 
     def __iter__(self) -> Iterator[Any]:
-        yield _module("tracing").fingerprint()
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            yield _module("tracing").fingerprint()
 
 
 def unavailable_reason(device: torch.device) -> str | None:
