@@ -2,9 +2,9 @@
 
 While a program is traced, a launch becomes a ``triton_kernel_wrapper`` node, as
 ``torch.library.triton_op`` and ``wrap_triton`` make them. Inductor, which turns the nodes into
-launches again, takes neither tuples among a kernel's arguments nor heeds ``do_not_specialize``: it
-compiles anew for an int that is always 1. So a node holds the kernel in another form, a few lines
-around the same kernel, made here: strides come one by one, and numbers shifted as
+launches again, takes no tuples among a kernel's arguments, and compiles an int that is always 1
+into the kernel, whatever ``do_not_specialize`` says. So a node holds the kernel in another form, a
+few lines around the same kernel, made here: strides come one by one, and numbers shifted as
 :mod:`sep_attn.triton_kernels.launch` shifts strides, so that none of them is 1.
 """
 
