@@ -32,6 +32,8 @@ TESTS = (
     "tests/test_ops.py",
     "tests/test_layer.py",
     "tests/test_triton_kernels.py",
+    "tests/test_special_values.py",
+    "tests/test_inductor.py",
 )
 SANITIZER = "compute-sanitizer"  # NVIDIA's, of the CUDA toolkit
 SANITIZER_TESTS = (

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from sep_attn import ops, reference
+from sep_attn import ops, pooled, reference
 from sep_attn.backends import resolve
 from sep_attn.layout import default_patch_size, token_shape
 from sep_attn.packed_weights import PackedWeights
@@ -217,18 +217,6 @@ def _differentiated(tensors: Iterable[Tensor | None]) -> bool:
     )
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear map of the channels of ``[B, N, D]`` or ``[B, D, H, W]``, in x's own layout."""
-    if x.dim() == 3:
-        return F.linear(x, weight, bias)
-    if x.stride(1) == 1:
-        return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
-    projected = torch.matmul(weight, x.flatten(2))
-    if bias is not None:
-        projected = projected + bias[:, None]
-    return projected.unflatten(2, x.shape[2:])
-
-
 def _pooled_form(
     x: Tensor,
     x_prev: Tensor | None,
@@ -245,21 +233,16 @@ def _pooled_form(
     """The layer in float64 from Triton's pool and gate and torch's products, for which tensor cores
     have no use: c = W_K pooled + sigma b_K."""
     source = x if x_prev is None else x_prev
-    dim = qkv_weight.shape[1]
-    score_weight, key_weight, value_weight = qkv_weight.split([1, dim, dim])
-    score_bias, key_bias, value_bias = (
-        (None, None, None) if qkv_bias is None else qkv_bias.split([1, dim, dim])
-    )
-    scores = _project(source, score_weight, score_bias).reshape(token_shape(source))
-    pooled, weight_sum, weights = ops.context_pool(
+    score, (key_weight, key_bias), value = pooled.projections(qkv_weight, qkv_bias)
+    scores = pooled.project(source, *score).reshape(token_shape(source))
+    rows, weight_sum, weights = ops.context_pool(
         "triton", source, scores, key_padding_mask, dropout_scale, patch_h, patch_w
     )
-    context = F.linear(pooled, key_weight.to(pooled.dtype))
+    context = F.linear(rows, key_weight)
     if key_bias is not None:
-        context = torch.addcmul(context, weight_sum[:, None], key_bias.to(pooled.dtype))
-    values = _project(x, value_weight, value_bias)
-    gated = ops.gate("triton", values, context, value_act, patch_h, patch_w)
-    return _project(gated, out_weight, out_bias), weights
+        context = torch.addcmul(context, weight_sum[:, None], key_bias)
+    gated = ops.gate("triton", pooled.project(x, *value), context, value_act, patch_h, patch_w)
+    return pooled.project(gated, out_weight, out_bias), weights
 
 
 def context_pool(
@@ -288,8 +271,8 @@ def context_pool(
     chosen = resolve(backend, x.device, x.dtype)
     if chosen == "reference":
         return reference.context_pool(x, scores, key_padding_mask=key_padding_mask)
-    pooled, _, _ = ops.context_pool(chosen, x, scores, key_padding_mask, None, 1, 1)
-    return pooled.to(x.dtype)
+    rows, _, _ = ops.context_pool(chosen, x, scores, key_padding_mask, None, 1, 1)
+    return rows.to(x.dtype)
 
 
 def gate(v: Tensor, context: Tensor, *, act: str = "relu", backend: str = "auto") -> Tensor:

@@ -21,6 +21,13 @@ from sep_attn.validation import (
 _FOREIGN_INFIXES = (".block.conv.", ".convolution.")
 
 
+def _parameter(module: Any, name: str) -> Any:
+    """``module.name``, sooner where it is a plain parameter: ``nn.Module``'s look-up takes a
+    microsecond."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
+
+
 class SeparableAttention(nn.Module):
     """Separable self-attention, Mehta and Rastegari 2022, eq. 3.
 
@@ -93,13 +100,14 @@ class SeparableAttention(nn.Module):
             out = self._shortest_way(x)
             if out is not None:
                 return out
-        qkv_proj, out_proj = self.qkv_proj, self.out_proj
+        modules = self._modules
+        qkv_proj, out_proj = modules["qkv_proj"], modules["out_proj"]
         result = separable_attention(
             x,
-            qkv_proj.weight,
-            qkv_proj.bias,
-            out_proj.weight,
-            out_proj.bias,
+            _parameter(qkv_proj, "weight"),
+            _parameter(qkv_proj, "bias"),
+            _parameter(out_proj, "weight"),
+            _parameter(out_proj, "bias"),
             x_prev=x_prev,
             key_padding_mask=key_padding_mask,
             dropout_p=self.attn_drop.p if self.training else 0.0,
@@ -115,7 +123,6 @@ class SeparableAttention(nn.Module):
         return self.proj_drop(result)
 
     def _shortest_way(self, x: Tensor) -> Tensor | None:
-        # nn.Module's own look-up of a child or parameter takes a microsecond each
         modules, training = self._modules, self.training
         if training and modules["attn_drop"].p > 0.0:
             return None

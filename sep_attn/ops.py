@@ -20,9 +20,17 @@ and *acc* is the accumulation dtype, float32, or float64 for float64.
 attention dropout multiplies the weights by (``dropout_scale``), the Triton one a seed on the device
 and the probability, and draws the same twice.
 
-The Triton launchers are opaque to ``torch.compile`` on purpose. ``torch.library.triton_op`` would
-trace them with symbolic sizes; which kernels serve a call and how its tokens are split depends on
-the number of tokens, so every such choice would become a guard, and a new length a recompile.
+``torch.compile`` sees the Triton operators' kernels, as it does with ``torch.library.triton_op``:
+once its functionalisation meets an operator on a GPU, the launcher runs again, on symbolic sizes,
+and each launch becomes a node (:mod:`sep_attn.triton_kernels.tracing`). ``torch.export`` keeps the
+operators whole. They are not made with ``triton_op`` itself, whose operators pass through Python
+several times before they do anything, in eager mode too.
+
+Of the number of tokens a traced program asks, upper bounds of 32 bits aside, one thing: whether
+slices are short (:func:`sep_attn.triton_kernels.attention.path_of`). How tokens are split is
+arithmetic on it. So there is a graph for short slices and one for long ones, in training one more
+for slices of a single tile. Where tokens are contiguous in memory, as in ``[B, D, P, N]``, each
+comes in two kinds: for N in whole 16-byte words, and for any other.
 """
 
 from __future__ import annotations
@@ -32,6 +40,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library import triton as triton_library
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from sep_attn import pooled, reference, triton_kernels
 from sep_attn.layout import accumulate_dtype, keeps_values, num_channels, token_shape
@@ -48,6 +59,35 @@ def _serve_with_triton(name: str, launcher: Callable[..., Any]) -> None:
     # CPU tensors reach Triton under its interpreter only; sep_attn.backends sees to that.
     for key in ("CUDA", "XPU", "CPU"):
         _library.impl(name, launcher, key)
+    qualified = f"sep_attn::{name}"
+
+    # What torch.library.triton_op registers beside its kernels.
+    def decompose(mode: Any, operator: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+        if custom_triton_ops_decomposition_disabled() or not triton_kernels.traces(args[0].device):
+            return mode.__torch_dispatch__(operator, types, args, kwargs)
+        known = (FakeTensor, FunctionalTensor)
+        if not all(kind is Tensor or issubclass(kind, known) for kind in types):
+            return NotImplemented
+        with mode, triton_kernels.tracing_launches():
+            return launcher(*map(_in_memory_once, args), **kwargs)
+
+    torch.library.register_torch_dispatch(qualified, FunctionalTensorMode, decompose, lib=_library)
+    triton_library.triton_ops_to_kernels[qualified] = triton_kernels.Sources()
+
+
+def _in_memory_once(value: Any) -> Any:
+    """``value``; Inductor is told to write it to memory once, not once for each kernel it goes to,
+    as it would with what it computes within another kernel."""
+    from torch._inductor import inductor_prims
+
+    if isinstance(value, Tensor) and (
+        value.is_contiguous()
+        or (value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last))
+    ):
+        return inductor_prims.force_stride_order(value, value.stride())
+    return value
 
 
 def _differentiate(
@@ -426,11 +466,17 @@ _OPERATORS["separable_attention_packed", "native"] = (
     torch.ops.sep_attn.separable_attention_packed_native.default
 )
 
+
+def _inference_in_pooled_form(*arguments: Any) -> Tensor:
+    out, *_ = _POOLED_FORMS["separable_attention"](*arguments, False)
+    return out
+
+
 _POOLED_FORMS: dict[str, Any] = {
     "context_pool": pooled.context_pool,
     "gate": pooled.gate,
     "separable_attention": pooled.separable_attention,
-    "separable_attention_inference": pooled.separable_attention_inference,
+    "separable_attention_inference": _inference_in_pooled_form,
     "separable_attention_packed": pooled.separable_attention_packed,
 }
 

@@ -44,60 +44,27 @@ def separable_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``out``, ``weights``, ``statistics`` and ``values`` of operator ``separable_attention``."""
     source = x if x_prev is None else x_prev
-    dim = qkv_weight.shape[1]
-    (score_weight, score_bias), (key_weight, key_bias), (value_weight, value_bias) = (
-        # Slices fold into constants in the runtimes; a split, with its many results, does not.
-        (qkv_weight[start:end], None if qkv_bias is None else qkv_bias[start:end])
-        for start, end in ((0, 1), (1, 1 + dim), (1 + dim, 1 + 2 * dim))
-    )
-    scores = _project(source, score_weight, score_bias).squeeze(_channel_axis(x))
+    score, (key_weight, key_bias), value = projections(qkv_weight, qkv_bias)
+    scores = project(source, *score).squeeze(_channel_axis(x))
     pooled, weight_sum, weights = _pool(
         source, scores, key_padding_mask, dropout_scale, patch_h, patch_w
     )
     key_weight, key_bias = _to(pooled.dtype, key_weight), _to(pooled.dtype, key_bias)
     if key_padding_mask is None and dropout_scale is None:  # the weights sum to 1
-        context = _project(pooled, key_weight, key_bias)
+        context = project(pooled, key_weight, key_bias)
     else:
-        context = _project(pooled, key_weight, None)
+        context = project(pooled, key_weight, None)
         if key_bias is not None:
             context = context + weight_sum * _beside_slices(key_bias, x)
-    values = _project(x, value_weight, value_bias)
-    out = _project(_gate(values, context, act, patch_h, patch_w), out_weight, out_bias)
+    values = project(x, *value)
+    out = project(_gate(values, context, act, patch_h, patch_w), out_weight, out_bias)
     statistics = torch.cat([_slice_rows(value) for value in (pooled, context, weight_sum)], dim=1)
     kept = weights.new_empty(0)
     if for_backward and keeps_values(x):
-        kept = (values if x.dim() == 3 else values.permute(0, 2, 3, 1)).reshape(-1, dim)
+        kept = (values if x.dim() == 3 else values.permute(0, 2, 3, 1)).reshape(
+            -1, out_weight.shape[0]
+        )
     return _in_memory_as(x, out), weights, statistics, kept
-
-
-def separable_attention_inference(
-    x: Tensor,
-    x_prev: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-    key_padding_mask: Tensor | None,
-    dropout_scale: Tensor | None,
-    act: str,
-    patch_h: int,
-    patch_w: int,
-) -> Tensor:
-    """The result of operator ``separable_attention_inference``."""
-    return separable_attention(
-        x,
-        x_prev,
-        qkv_weight,
-        qkv_bias,
-        out_weight,
-        out_bias,
-        key_padding_mask,
-        dropout_scale,
-        act,
-        patch_h,
-        patch_w,
-        False,
-    )[0]
 
 
 def separable_attention_packed(
@@ -119,7 +86,7 @@ def separable_attention_packed(
         patch_h, patch_w = default_patch_size(x)
     act = "relu" if relu else "identity"
     weights = (qkv_weight.flatten(1), qkv_bias, out_weight.flatten(1), out_bias)
-    return separable_attention_inference(x, None, *weights, None, None, act, patch_h, patch_w)
+    return separable_attention(x, None, *weights, None, None, act, patch_h, patch_w, False)[0]
 
 
 def context_pool(
@@ -145,6 +112,25 @@ def gate(v: Tensor, context: Tensor, act: str, patch_h: int, patch_w: int) -> Te
         image = (v.shape[0], patch_h, patch_w, v.shape[1])
         context = context.view(image).permute(0, 3, 1, 2)
     return _in_memory_as(v, _gate(v, context, act, patch_h, patch_w))
+
+
+def projections(
+    qkv_weight: Tensor, qkv_bias: Tensor | None
+) -> tuple[tuple[Tensor, Tensor | None], ...]:
+    """Weight and bias of the scores, of the keys and of the values."""
+    dim = qkv_weight.shape[1]
+    return tuple(
+        # Slices fold into constants in the runtimes; a split, with its many results, does not.
+        (qkv_weight[start:end], None if qkv_bias is None else qkv_bias[start:end])
+        for start, end in ((0, 1), (1, 1 + dim), (1 + dim, 1 + 2 * dim))
+    )
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear map of the channels: for rank 4 the 1 x 1 convolution that runtimes know best."""
+    if x.dim() == 3:
+        return F.linear(x, weight, bias)
+    return F.conv2d(x, weight[:, :, None, None], bias)
 
 
 def _pool(
@@ -213,13 +199,6 @@ def _grid(x: Tensor, patch_h: int, patch_w: int) -> Tensor:
 
 def _channel_axis(x: Tensor) -> int:
     return 2 if x.dim() == 3 else 1
-
-
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear map of the channels: for rank 4 the 1 x 1 convolution that runtimes know best."""
-    if x.dim() == 3:
-        return F.linear(x, weight, bias)
-    return F.conv2d(x, weight[:, :, None, None], bias)
 
 
 def _to(dtype: torch.dtype, value: Tensor | None) -> Tensor | None:

@@ -387,3 +387,39 @@ def test_more_than_two_to_the_31_values(dim: int, device: torch.device) -> None:
     expected = ops.separable_attention_inference("triton", *call(inputs))
     for first in (0, tokens // 300 // 2 * 300, (tokens // 300 - 1) * 300):
         torch.testing.assert_close(out[:, first : first + 300], expected, rtol=2e-2, atol=2e-2)
+
+
+GPU_SHAPES = {"short": (256, 64, 128), "long": (1, 20_000, 128), "wide": (2, 500, 768)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", PATHS)
+def test_the_same_bits_a_hundred_times(path: str, device: torch.device) -> None:
+    """Where a result would depend on the order in which programs end, some run shows it."""
+    inputs = inputs_of(Case(GPU_SHAPES[path]), torch.bfloat16, device)
+    leaves = {name: value.requires_grad_() for name, value in inputs.items()}
+    seed = torch.tensor([5], device=device)
+    grad = torch.randn_like(inputs["x"])
+
+    def step() -> list[Tensor]:
+        results = ops.separable_attention("triton", *call(leaves, seed=seed, dropout_p=0.1))
+        return [*results, *torch.autograd.grad(results[0], list(leaves.values()), grad)]
+
+    first = step()
+    for _ in range(99):
+        assert all(torch.equal(one, other) for one, other in zip(step(), first, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("grad", ["sum", "transposed"])
+def test_gradients_of_any_stride_in_the_tables_tiles(
+    grad: str, path: str, device: torch.device
+) -> None:
+    case = Case(GPU_SHAPES[path], memory="transposed", grad=grad)
+    check_layer(separable_attention, case, torch.bfloat16, device, backend="triton")
+
+
+def test_a_launch_makes_its_tensors_device_current() -> None:
+    guard = launch.on_device(torch.device("cuda", 1))
+    assert isinstance(guard, torch.accelerator.device_index) and guard.idx == 1

@@ -47,7 +47,7 @@ LOADED = {"X_LAYOUT", "V_LAYOUT", "GRAD_Y_LAYOUT"}
 
 def run_without_interpreter(tmp_path: Path, *arguments: str) -> str:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["TRITON_CACHE_DIR"] = environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     environment["OMP_NUM_THREADS"] = "1"
     result = subprocess.run(
@@ -189,30 +189,20 @@ def test_a_new_length_compiles_nothing_new(tmp_path: Path) -> None:
 
 
 LAUNCHES = """
-import types, torch, triton
-from triton.backends.compiler import GPUTarget
+import torch
+from benchmarks.machine_code import LaunchNothing, QuietDriver
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from sep_attn.triton_kernels import attention
+from sep_attn.triton_kernels import attention, pooling
 
 launched, through_triton = [], []
 
-class Launcher:
-    def __init__(self, source, metadata):
-        pass
+class Launcher(LaunchNothing):
     def __call__(self, *arguments):
         launched.append(arguments)
 
-class Driver:
+class Driver(QuietDriver):
     launcher_cls = Launcher
-    utils = types.SimpleNamespace(
-        load_binary=lambda *_: (1, 2, 0, 0, 1024),
-        get_device_properties=lambda _: {"max_shared_mem": 232448},
-    )
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-    def get_current_device(self):
-        return 0
     def get_current_stream(self, device):
         return 7
 
@@ -240,6 +230,11 @@ assert call(x.clone()) == first and through_triton == []
 moved = torch.zeros(641).bfloat16()[1:].view(1, 40, 16)  # begins at no multiple of 16 bytes
 call(moved)
 assert through_triton == ["slice_fwd_kernel"]
+
+through_triton.clear()
+for dtype in (torch.float32, torch.bfloat16, torch.float32):  # scores may have a dtype of their own
+    pooling.context_pool(x, torch.zeros(1, 40, dtype=dtype), None, None, 1, 1)
+assert through_triton == ["context_pool_fwd_kernel"] * 2
 print("ok")
 """
 
@@ -247,3 +242,12 @@ print("ok")
 def test_later_launches_pass_the_same_without_triton(tmp_path: Path) -> None:
     """With a driver that only writes down what it is to launch."""
     assert run_without_interpreter(tmp_path, "-c", LAUNCHES).strip() == "ok"
+
+
+def test_the_hosts_time_is_taken_on_the_way_to_as_many_launches(tmp_path: Path) -> None:
+    code = (
+        "import json; from benchmarks.host_time import rows; print(json.dumps([*rows(rounds=1)]))"
+    )
+    rows = json.loads(run_without_interpreter(tmp_path, "-c", code))
+    assert [row["launches"] for row in rows] == [3] * 5 + [1] * 5
+    assert all(row["us"] > 0 for row in rows)

@@ -7,15 +7,18 @@ which :mod:`sep_attn.validation` has checked.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "Sources",
     "context_pool",
     "context_pool_backward",
     "gate",
@@ -23,8 +26,15 @@ __all__ = [
     "separable_attention",
     "separable_attention_backward",
     "separable_attention_inference",
+    "traces",
+    "tracing_launches",
     "unavailable_reason",
 ]
+
+
+@functools.cache
+def _module(name: str) -> Any:
+    return importlib.import_module(f"sep_attn.triton_kernels.{name}")
 
 
 def context_pool(
@@ -36,9 +46,9 @@ def context_pool(
     patch_w: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`sep_attn.triton_kernels.pooling.context_pool`."""
-    from sep_attn.triton_kernels import pooling
-
-    return pooling.context_pool(x, scores, key_padding_mask, dropout_scale, patch_h, patch_w)
+    return _module("pooling").context_pool(
+        x, scores, key_padding_mask, dropout_scale, patch_h, patch_w
+    )
 
 
 def context_pool_backward(
@@ -54,9 +64,7 @@ def context_pool_backward(
     patch_w: int,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`sep_attn.triton_kernels.pooling.context_pool_backward`."""
-    from sep_attn.triton_kernels import pooling
-
-    return pooling.context_pool_backward(
+    return _module("pooling").context_pool_backward(
         grad_pooled,
         grad_weight_sum,
         grad_weights,
@@ -72,39 +80,48 @@ def context_pool_backward(
 
 def gate(v: Tensor, context: Tensor, act: str, patch_h: int, patch_w: int) -> Tensor:
     """See :func:`sep_attn.triton_kernels.gating.gate`."""
-    from sep_attn.triton_kernels import gating
-
-    return gating.gate(v, context, act, patch_h, patch_w)
+    return _module("gating").gate(v, context, act, patch_h, patch_w)
 
 
 def gate_backward(
     grad_y: Tensor, v: Tensor, context: Tensor, act: str, patch_h: int, patch_w: int
 ) -> tuple[Tensor, Tensor]:
     """See :func:`sep_attn.triton_kernels.gating.gate_backward`."""
-    from sep_attn.triton_kernels import gating
-
-    return gating.gate_backward(grad_y, v, context, act, patch_h, patch_w)
+    return _module("gating").gate_backward(grad_y, v, context, act, patch_h, patch_w)
 
 
 def separable_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`sep_attn.triton_kernels.attention.separable_attention`."""
-    from sep_attn.triton_kernels import attention
-
-    return attention.separable_attention(*arguments)
+    return _module("attention").separable_attention(*arguments)
 
 
 def separable_attention_inference(*arguments: Any) -> Tensor:
     """See :func:`sep_attn.triton_kernels.attention.separable_attention_inference`."""
-    from sep_attn.triton_kernels import attention
-
-    return attention.separable_attention_inference(*arguments)
+    return _module("attention").separable_attention_inference(*arguments)
 
 
 def separable_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """See :func:`sep_attn.triton_kernels.attention.separable_attention_backward`."""
-    from sep_attn.triton_kernels import attention
+    return _module("attention").separable_attention_backward(*arguments)
 
-    return attention.separable_attention_backward(*arguments)
+
+def traces(device: torch.device) -> bool:
+    """Whether launches on ``device`` can be nodes of a graph; the interpreter's cannot."""
+    return device.type in ("cuda", "xpu") and os.environ.get("TRITON_INTERPRET") != "1"
+
+
+def tracing_launches() -> contextlib.AbstractContextManager[None]:
+    """See :func:`sep_attn.triton_kernels.tracing.active`."""
+    active: contextlib.AbstractContextManager[None] = _module("tracing").active()
+    return active
+
+
+class Sources:
+    """What the launchers are made of, as ``torch`` asks for it: in the form of Triton kernels."""
+
+    def __iter__(self) -> Iterator[Any]:
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            yield _module("tracing").fingerprint()
 
 
 def unavailable_reason(device: torch.device) -> str | None:

@@ -22,15 +22,12 @@ float64 is served by :mod:`pooling`, :mod:`gating` and torch's products
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.compiler import CompiledKernel
 
 from sep_attn.layout import num_channels, token_shape, token_view
 from sep_attn.triton_kernels import fused, products, scoring
@@ -43,13 +40,15 @@ from sep_attn.triton_kernels.configs import (
     config_of,
 )
 from sep_attn.triton_kernels.launch import (
-    PLANS,
+    Launch,
     TokenGrid,
     grid_strides,
     is_uniform,
     memory_layout,
-    on_device,
+    planned,
+    run,
     shifted,
+    split_tiles,
     token_grid,
 )
 from sep_attn.triton_kernels.pooling import WEIGHTS_BLOCK
@@ -80,10 +79,9 @@ def path_of(bands: int, tokens: int, source_tokens: int, tile_tokens: int) -> st
         tokens, source_tokens: of a band, in x and where scores and keys come from.
         tile_tokens: rows of a tile of the kernel for short slices.
     """
-    longest = max(tokens, source_tokens)
-    if longest <= tile_tokens or (longest <= SHORT_TOKENS and bands >= SHORT_PROGRAMS):
-        return "short"
-    return "long"
+    # One comparison: while a program is traced it is all that depends on the number of tokens.
+    most = max(tile_tokens, SHORT_TOKENS) if bands >= SHORT_PROGRAMS else tile_tokens
+    return "short" if torch.sym_max(tokens, source_tokens) <= most else "long"
 
 
 class Call(NamedTuple):
@@ -97,6 +95,7 @@ class Call(NamedTuple):
     patch_w: int
     act: str
     precision: str
+    dropout_p: float = 0.0
 
     @property
     def itemsize(self) -> int:
@@ -106,38 +105,9 @@ class Call(NamedTuple):
         return config_of(kernel, self.arch, self.itemsize, channels)
 
 
-@dataclasses.dataclass(eq=False)
-class Launch:
-    """A kernel, its programs and everything it is told but its tensors.
-
-    Triton compiles by what the arguments are: of tensors, whether they are there, and whether they
-    begin at a multiple of 16 bytes. What was compiled for a call is kept, and launched at once by
-    the next call of the kind: to work that out takes Triton longer than a small layer's kernel.
-    """
-
-    kernel: Any
-    programs: int
-    arguments: dict[str, Any]
-    compiled: dict[tuple[int, ...], CompiledKernel] = dataclasses.field(default_factory=dict)
-
-    def __call__(self, device: torch.device, **tensors: Any) -> None:
-        grid = (self.programs, 1, 1)
-        kinds = [
-            int(value.data_ptr() % 16 == 0) if isinstance(value, Tensor) else 2 + (value is None)
-            for value in tensors.values()
-        ]
-        key = (-1 if device.index is None else device.index, *kinds)
-        compiled = self.compiled.get(key)
-        if compiled is None:
-            compiled = self.kernel[grid](**tensors, **self.arguments)
-            if isinstance(compiled, CompiledKernel):  # under the interpreter there is none
-                self.compiled[key] = compiled
-            return
-        given = self.arguments | tensors
-        compiled[grid](*[given[name] for name in self.kernel.arg_names])
-
-
-def call_of(x: Tensor, source: Tensor, act: str, patch_h: int, patch_w: int) -> Call:
+def call_of(
+    x: Tensor, source: Tensor, act: str, patch_h: int, patch_w: int, dropout_p: float = 0.0
+) -> Call:
     allowed = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return Call(
         architecture(x.device),
@@ -148,6 +118,7 @@ def call_of(x: Tensor, source: Tensor, act: str, patch_h: int, patch_w: int) -> 
         patch_w,
         act,
         "tf32" if allowed else "ieee",
+        dropout_p,
     )
 
 
@@ -227,18 +198,27 @@ def _tiles_of(operands: Operands, grid: TokenGrid, block_tokens: int) -> dict[st
 
 
 def _product(
-    call: Call, operands: Operands, a: str, out: str, epilogue: str, transposed: bool
+    call: Call, operands: Operands, a: str, out: str, epilogue: str, transposed: bool, **names: str
 ) -> Launch:
+    """The launch of a product of tokens; ``names`` says what its operands are among the call's
+    tensors, and those of its pointers that it does not name are None."""
     config = call.config("token_product_kernel", operands.channels)
     tiles = _tiles_of(operands, operands.grid, config.tokens)
     columns = min(config.columns, _padded(operands.channels))
+    row_size = {"gate": 2 * operands.channels + 1, "pool": operands.channels}
+    optional = ("bias", "slice", "weights", "grad_scores", "score_weight", "seed")
+    of_tokens = ("weights", "grad_scores") if epilogue == "pool" else ()
     arguments = {
+        **{f"{name}_ptr": None for name in optional if f"{name}_ptr" not in names},
         **operands.of_call(operands.grid),
         **operands.of_tensors(a=a, out=out),
-        **operands.of_tensors(weights="weights", grad_scores="grad_scores"),
+        **dict.fromkeys(("weights_strides", "grad_scores_strides")),
+        **operands.of_tensors(**{name: name for name in of_tokens}),
         **tiles,
         **_options(config),
+        "dropout_p": call.dropout_p,
         "slices": operands.slices,
+        "row_size": row_size.get(epilogue, 0),
         "TRANSPOSED": transposed,
         "EPILOGUE": epilogue,
         "ACT": call.act,
@@ -247,7 +227,7 @@ def _product(
         "BLOCK_K": _depth(call, operands.channels),
     }
     programs = tiles["tiles"] * triton.cdiv(operands.channels, columns)
-    return Launch(products.token_product_kernel, programs, arguments)
+    return Launch(products.token_product_kernel, programs, arguments, **names)
 
 
 def _depth(call: Call, channels: int) -> int:
@@ -263,7 +243,7 @@ class ForwardPlan(NamedTuple):
     partials: int
 
 
-@functools.lru_cache(maxsize=PLANS)
+@planned
 def _plan_forward(
     call: Call,
     x_strides: tuple[int, ...],
@@ -288,20 +268,19 @@ def _plan_forward(
 
     config = call.config("score_pool_fwd_kernel", channels)
     source_tiles = triton.cdiv(source.tokens, config.tokens)
-    most_splits = max(1, min(source_tiles, SPLIT_PROGRAMS // source.bands))
-    split_tiles = triton.cdiv(source_tiles, most_splits)
-    splits = triton.cdiv(source_tiles, split_tiles)
+    splits, part_tiles = split_tiles(source_tiles, SPLIT_PROGRAMS // source.bands)
     pool = {
         **operands.of_call(source),
         **operands.of_tensors(source="source", mask="mask", scores="weights"),
         **_options(config),
+        "dropout_p": call.dropout_p,
         "splits": splits,
-        "split_tiles": split_tiles,
+        "split_tiles": part_tiles,
         "CHUNKS": chunk_widths(channels),
         "BLOCK_N": config.tokens,
         "POOL_STAGES": config.stages,
     }
-    parts = max(
+    parts = torch.sym_max(
         triton.cdiv(channels, COMBINE_COLUMNS), triton.cdiv(source.tokens, 4 * WEIGHTS_BLOCK)
     )
     combine = {
@@ -317,7 +296,9 @@ def _plan_forward(
         "num_warps": 8,
     }
     launches = [
-        Launch(scoring.score_pool_fwd_kernel, source.bands * splits, pool),
+        Launch(
+            scoring.score_pool_fwd_kernel, source.bands * splits, pool, scores_ptr="weights_ptr"
+        ),
         Launch(scoring.context_combine_kernel, source.bands * parts, combine),
     ]
     if fused_layer:
@@ -337,15 +318,19 @@ def _plan_forward(
         launches.append(Launch(fused.value_gate_output_fwd_kernel, tiles["tiles"], arguments))
     else:
         # The gated values lie in memory as out does.
-        launches.append(_product(call, operands, "x", "out", "gate", True))
-        launches.append(_product(call, operands, "out", "out", "bias", True))
+        values = {"weight_ptr": "value_weight_ptr", "bias_ptr": "value_bias_ptr"}
+        names = {**values, "a_ptr": "x_ptr", "slice_ptr": "context_ptr", "out_ptr": "gated_ptr"}
+        launches.append(_product(call, operands, "x", "out", "gate", True, **names))
+        names = {"weight_ptr": "out_weight_ptr", "bias_ptr": "out_bias_ptr", "a_ptr": "gated_ptr"}
+        launches.append(_product(call, operands, "out", "out", "bias", True, **names))
     partials = operands.slices * splits * (channels + 3)
     return ForwardPlan(path, tuple(launches), partials)
 
 
 def _slice_launch(call: Call, operands: Operands, config: Config) -> Launch:
     grid, source, channels = operands.grid, operands.source, operands.channels
-    cut = tiling(max(grid, source, key=lambda one: one.tokens), config.tokens)
+    longest = grid._replace(tokens=torch.sym_max(grid.tokens, source.tokens))
+    cut = tiling(longest, config.tokens)
     rows = config.tokens // cut.bands
     chunks = chunk_widths(channels)
     fitting = 1 << (POOL_VALUES // sum(chunks)).bit_length() - 1
@@ -355,6 +340,7 @@ def _slice_launch(call: Call, operands: Operands, config: Config) -> Launch:
         **operands.of_call(grid),
         **operands.of_tensors(x="x", source="source", mask="mask", weights="weights", out="out"),
         **_options(config),
+        "dropout_p": call.dropout_p,
         "bands": grid.bands,
         "source_tokens": source.tokens,
         "source_width": source.width,
@@ -404,72 +390,35 @@ def _forward(
     qkv_bias = None if qkv_bias is None else qkv_bias.contiguous()
     out_bias = None if out_bias is None else out_bias.contiguous()
     plan = _plan_forward(
-        call_of(x, source, act, patch_h, patch_w),
+        call_of(x, source, act, patch_h, patch_w, dropout_p),
         x.stride(),
         source.stride(),
         None if key_padding_mask is None else key_padding_mask.stride(),
         None if weights is None else weights.stride(),
         out.stride(),
     )
-    scoring_tensors = {
-        "source_ptr": source,
-        "qkv_weight_ptr": qkv_weight,
-        "qkv_bias_ptr": qkv_bias,
-        "mask_ptr": key_padding_mask,
-        "seed_ptr": dropout_seed,
-        "dropout_p": dropout_p,
-    }
-    value_tensors = {
+    tensors = {
         "x_ptr": x,
+        "source_ptr": source,
         "qkv_weight_ptr": qkv_weight,
         "qkv_bias_ptr": qkv_bias,
         "out_weight_ptr": out_weight,
         "out_bias_ptr": out_bias,
+        "mask_ptr": key_padding_mask,
+        "seed_ptr": dropout_seed,
+        "weights_ptr": weights,
         "statistics_ptr": statistics,
         "out_ptr": out,
     }
-    with on_device(x.device):
-        if plan.path == "short":
-            (whole,) = plan.launches
-            whole(x.device, weights_ptr=weights, **(scoring_tensors | value_tensors))
-            return out, weights, statistics
-        pool, combine, *rest = plan.launches
-        partial = statistics.new_empty(plan.partials)
-        pool(x.device, scores_ptr=weights, partial_ptr=partial, **scoring_tensors)
-        combine(
-            x.device,
-            partial_ptr=partial,
-            qkv_weight_ptr=qkv_weight,
-            qkv_bias_ptr=qkv_bias,
-            mask_ptr=key_padding_mask,
-            weights_ptr=weights,
-            statistics_ptr=statistics,
-        )
-        if plan.path == "long":
-            rest[0](x.device, **value_tensors)
-            return out, weights, statistics
-        gated = torch.empty_like(out)
-        _multiply(
-            rest[0],
-            x,
-            qkv_weight[1 + channels :],
-            None if qkv_bias is None else qkv_bias[1 + channels :],
-            gated,
-            slice_ptr=statistics[:, channels:],
-            row_size=2 * channels + 1,
-        )
-        _multiply(rest[1], gated, out_weight, out_bias, out)
+    if plan.path != "short":
+        tensors["partial_ptr"] = statistics.new_empty(plan.partials)
+    if plan.path == "wide":
+        tensors["gated_ptr"] = torch.empty_like(out)
+        tensors["context_ptr"] = statistics[:, channels:]
+        tensors["value_weight_ptr"] = qkv_weight[1 + channels :]
+        tensors["value_bias_ptr"] = None if qkv_bias is None else qkv_bias[1 + channels :]
+    run(plan.launches, x.device, tensors)
     return out, weights, statistics
-
-
-def _multiply(
-    launch: Launch, a: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, **pool: Any
-) -> None:
-    nothing = dict.fromkeys(
-        ("slice_ptr", "weights_ptr", "grad_scores_ptr", "score_weight_ptr", "seed_ptr")
-    )
-    tensors = nothing | {"row_size": 0, "dropout_p": 0.0} | pool
-    launch(a.device, a_ptr=a, weight_ptr=weight, bias_ptr=bias, out_ptr=out, **tensors)
 
 
 def _check(dtype: torch.dtype, channels: int) -> None:
@@ -514,26 +463,27 @@ def separable_attention_inference(*arguments: Any) -> Tensor:
     return _forward(*arguments, keep_weights=False)[0]
 
 
-def _weight_grad(call: Call, operands: Operands, a: str, b: str) -> tuple[int, Launch]:
+def _weight_grad(
+    call: Call, operands: Operands, a: str, b: str, **names: str
+) -> tuple[int, Launch]:
     """Into how many parts ``a^T b`` is split, and the launch that makes them."""
     config = call.config("weight_grad_kernel", operands.channels)
     tiles = _tiles_of(operands, operands.grid, config.tokens)
     columns = min(config.columns, _padded(operands.channels))
     blocks = triton.cdiv(operands.channels, columns) ** 2
-    most_splits = max(1, min(tiles["tiles"], WEIGHT_PROGRAMS // blocks))
-    split_tiles = triton.cdiv(tiles["tiles"], most_splits)
-    splits = triton.cdiv(tiles["tiles"], split_tiles)
+    splits, part_tiles = split_tiles(tiles["tiles"], WEIGHT_PROGRAMS // blocks)
     arguments = {
         **operands.of_call(operands.grid),
         **operands.of_tensors(a=a, b=b),
         **tiles,
         **_options(config),
-        "split_tiles": split_tiles,
+        "split_tiles": part_tiles,
         "PRECISION": call.precision,
         "BLOCK_I": columns,
         "BLOCK_J": columns,
     }
-    return splits, Launch(products.weight_grad_kernel, blocks * splits, arguments)
+    launch = Launch(products.weight_grad_kernel, blocks * splits, arguments, **names)
+    return splits, launch
 
 
 def _value_gate_weights(call: Call, operands: Operands) -> tuple[int, Launch]:
@@ -542,15 +492,13 @@ def _value_gate_weights(call: Call, operands: Operands) -> tuple[int, Launch]:
     tiles = _tiles_of(operands, operands.grid, config.tokens)
     block = min(config.columns, _padded(operands.channels))
     columns = triton.cdiv(operands.channels, block)
-    most_splits = max(1, min(tiles["tiles"], WEIGHT_PROGRAMS // columns))
-    split_tiles = triton.cdiv(tiles["tiles"], most_splits)
-    splits = triton.cdiv(tiles["tiles"], split_tiles)
+    splits, part_tiles = split_tiles(tiles["tiles"], WEIGHT_PROGRAMS // columns)
     arguments = {
         **operands.of_call(operands.grid),
         **operands.of_tensors(grad_out="grad_out", x="x", grad_v="like"),
         **tiles,
         **_options(config),
-        "split_tiles": split_tiles,
+        "split_tiles": part_tiles,
         "slices": operands.slices,
         # In one piece: narrow ones leave the tensor cores' wide instruction no 64 rows.
         "CHUNKS": (_padded(operands.channels),),
@@ -563,18 +511,20 @@ def _value_gate_weights(call: Call, operands: Operands) -> tuple[int, Launch]:
 
 class BackwardPlan(NamedTuple):
     """The launches of a backward pass. ``weights`` does the work of ``values``, ``out_weight`` and
-    ``value_weight`` in one, where a program can hold what that takes."""
+    ``value_weight`` in one, where a program can hold what that takes; ``sum_weights`` adds up the
+    parts, of which there are at most ``weight_parts``."""
 
     values: Launch
     out_weight: Launch
     value_weight: Launch
-    weight_splits: int
+    weight_parts: int
     weights: Launch | None
+    sum_weights: Launch
     source: Launch
     input: Launch
 
 
-@functools.lru_cache(maxsize=PLANS)
+@planned
 def _plan_backward(
     call: Call,
     separate: bool,
@@ -617,17 +567,27 @@ def _plan_backward(
         products.value_gate_bwd_kernel, tiles["tiles"] * triton.cdiv(channels, columns), values
     )
 
-    weights_launch = None
+    names = {"a_ptr": "grad_out_ptr", "b_ptr": "gated_ptr", "partial_ptr": "weight_partial_ptr"}
+    splits, out_weight = _weight_grad(call, operands, "grad_out", "like", **names)
+    names |= {"a_ptr": "grad_v_ptr", "b_ptr": "x_ptr"}
+    _, value_weight = _weight_grad(call, operands, "like", "x", **names)
+    weights_launch, summed = None, channels * channels
     if channels <= MOST_FUSED_BACKWARD_CHANNELS[call.itemsize]:
         splits, weights_launch = _value_gate_weights(call, operands)
-    else:
-        splits, _ = _weight_grad(call, operands, "grad_out", "like")
-    _, out_weight = _weight_grad(call, operands, "grad_out", "like")
-    _, value_weight = _weight_grad(call, operands, "like", "x")
+        summed *= 2
+    sum_arguments = {"splits": splits, "values": summed, "BLOCK": SUM_BLOCK}
+    sum_weights = Launch(
+        products.sum_parts_kernel,
+        triton.cdiv(summed, SUM_BLOCK),
+        sum_arguments,
+        partial_ptr="weight_partial_ptr",
+    )
 
     config = call.config("source_bwd_kernel", channels)
     tiles = _tiles_of(operands, source, config.tokens)
-    source_tiles = triton.cdiv(tiles["tiles"], SPLIT_PROGRAMS)
+    programs, part_tiles = split_tiles(tiles["tiles"], SPLIT_PROGRAMS)
+    if not isinstance(programs, int):
+        programs = SPLIT_PROGRAMS  # those with nothing to do store zeros
     source_arguments = {
         **operands.of_call(source),
         **operands.of_tensors(
@@ -639,23 +599,35 @@ def _plan_backward(
         ),
         **tiles,
         **_options(config),
+        "dropout_p": call.dropout_p,
         "GRAD_SOURCE_LAYOUT": operands.layouts.get("grad_source", ""),
-        "split_tiles": source_tiles,
+        "split_tiles": part_tiles,
         "POOL_STAGES": config.stages,
         "slices": operands.slices,
         "CHUNKS": chunk_widths(channels),
     }
     source_launch = Launch(
-        scoring.source_bwd_kernel, triton.cdiv(tiles["tiles"], source_tiles), source_arguments
+        scoring.source_bwd_kernel,
+        programs,
+        source_arguments,
+        score_weight_ptr="qkv_weight_ptr",
+        partial_ptr="score_partial_ptr",
     )
+    names = {"a_ptr": "grad_v_ptr", "weight_ptr": "value_weight_ptr", "out_ptr": "grad_x_ptr"}
+    epilogue = "bias"
+    if not separate:
+        epilogue = "pool"
+        names |= {"slice_ptr": "grad_pooled_ptr", "score_weight_ptr": "qkv_weight_ptr"}
+        names |= {name: name for name in ("weights_ptr", "grad_scores_ptr", "seed_ptr")}
     return BackwardPlan(
         values_launch,
         out_weight,
         value_weight,
-        splits,
+        splits if isinstance(splits, int) else WEIGHT_PROGRAMS,
         weights_launch,
+        sum_weights,
         source_launch,
-        _product(call, operands, "like", "like", "bias" if separate else "pool", False),
+        _product(call, operands, "like", "like", epilogue, False, **names),
     )
 
 
@@ -718,7 +690,7 @@ def separable_attention_backward(
     qkv_bias = None if qkv_bias is None else qkv_bias.contiguous()
     grad_v = torch.empty_like(x)
     plan = _plan_backward(
-        call_of(x, source, act, patch_h, patch_w),
+        call_of(x, source, act, patch_h, patch_w, dropout_p),
         x_prev is not None,
         x.stride(),
         source.stride(),
@@ -732,9 +704,14 @@ def separable_attention_backward(
     at_once = plan.weights if need_weight_grad else None
     first = at_once or plan.values
     slots = first.arguments["BANDS"] * first.arguments["GROUPS"]
-    tiles, band_tiles = first.arguments["tiles"], first.arguments["band_tiles"]
-    partial = statistics.new_empty((tiles, slots + 2, channels))
-    value_tensors = {
+    side_by_side = triton.cdiv(first.arguments["bands"], first.arguments["BANDS"])
+    partial_shape = (side_by_side, first.arguments["band_tiles"], slots + 2, channels)
+    partial = statistics.new_empty(partial_shape)
+    weight_partial = None
+    if need_weight_grad:
+        parts = (plan.weight_parts, *((2,) if at_once else ()), channels, channels)
+        weight_partial = statistics.new_empty(parts)
+    tensors = {
         "grad_out_ptr": grad_out,
         "x_ptr": x,
         "qkv_weight_ptr": qkv_weight,
@@ -742,87 +719,60 @@ def separable_attention_backward(
         "out_weight_ptr": out_weight,
         "statistics_ptr": statistics,
         "grad_v_ptr": grad_v,
+        "gated_ptr": torch.empty_like(x) if need_weight_grad and not at_once else None,
         "partial_ptr": partial,
+        "weight_partial_ptr": weight_partial,
     }
-    with on_device(x.device):
-        if at_once is not None:
-            weight_partial = statistics.new_empty((plan.weight_splits, 2, channels, channels))
-            at_once(x.device, weight_partial_ptr=weight_partial, **value_tensors)
-            both_grads = x.new_empty((2, channels, channels))
-            _sum_parts(weight_partial, both_grads)
-            grad_qkv_weight[1 + channels :].copy_(both_grads[0].T)
-            grad_out_weight.copy_(both_grads[1])
-        else:
-            gated = torch.empty_like(x) if need_weight_grad else None
-            plan.values(x.device, gated_ptr=gated, **value_tensors)
-            if gated is not None:
-                weight_partial = statistics.new_empty((plan.weight_splits, channels, channels))
-                plan.out_weight(x.device, a_ptr=grad_out, b_ptr=gated, partial_ptr=weight_partial)
-                _sum_parts(weight_partial, grad_out_weight)
-                plan.value_weight(x.device, a_ptr=grad_v, b_ptr=x, partial_ptr=weight_partial)
-                _sum_parts(weight_partial, grad_qkv_weight[1 + channels :])
-        # Per slice, [S, D] and smaller: torch's sums and products, in float32.
-        grad_context = partial[:, :slots].unflatten(0, (-1, band_tiles)).sum(1)
-        grad_context = grad_context.flatten(0, 1)[:slices]  # [S, D]
-        pooled, weight_sum = statistics[:, :channels], statistics[:, -1]
-        grad_pooled = grad_context @ qkv_weight[1 : 1 + channels].to(torch.float32)  # [S, D]
-        delta = (pooled * grad_pooled).sum(1)
-        bias_grad = torch.zeros_like(weight_sum)
-        if qkv_bias is not None:
-            bias_grad = grad_context @ qkv_bias[1 : 1 + channels].to(torch.float32)  # [S]
-            delta = delta + weight_sum * bias_grad
-        if grad_weights is not None:
-            per_slice = token_view(weights * grad_weights, patch_h, patch_w)
-            delta = delta + per_slice.sum((-2, -1)).flatten()
-
-        grad_scores = torch.empty_like(weights)
-        score_partial = statistics.new_empty((plan.source.programs, channels + 1))
-        plan.source(
-            x.device,
-            source_ptr=source,
-            score_weight_ptr=qkv_weight,
-            weights_ptr=weights,
-            seed_ptr=dropout_seed,
-            dropout_p=dropout_p,
-            grad_weights_ptr=grad_weights,
-            grad_pooled_ptr=grad_pooled,
-            slice_grads_ptr=torch.stack((bias_grad, delta), 1),
-            grad_scores_ptr=grad_scores,
-            grad_source_ptr=grad_source,
-            partial_ptr=score_partial,
-        )
-        if need_input_grad:
-            of_pool = {}
-            if x_prev is None:
-                of_pool = {
-                    "slice_ptr": grad_pooled,
-                    "row_size": channels,
-                    "weights_ptr": weights,
-                    "grad_scores_ptr": grad_scores,
-                    "score_weight_ptr": qkv_weight,
-                    "seed_ptr": dropout_seed,
-                    "dropout_p": dropout_p,
-                }
-            _multiply(plan.input, grad_v, qkv_weight[1 + channels :], None, grad_x, **of_pool)
+    if at_once is not None:
+        both_grads = x.new_empty((2, channels, channels))
+        run((at_once, plan.sum_weights), x.device, tensors | {"sums_ptr": both_grads})
+        grad_qkv_weight[1 + channels :].copy_(both_grads[0].T)
+        grad_out_weight.copy_(both_grads[1])
+    else:
+        run((plan.values,), x.device, tensors)
         if need_weight_grad:
-            biases = partial[:, slots:].sum(0)  # [2, D]
-            grad_out_bias.copy_(biases[1])
-            grad_qkv_bias[1 + channels :].copy_(biases[0])
-            scores = score_partial.sum(0)  # [D + 1]
-            grad_qkv_weight[0].copy_(scores[:channels])
-            grad_qkv_bias[0].copy_(scores[channels])
-            grad_qkv_weight[1 : 1 + channels].copy_(grad_context.T @ pooled)
-            grad_qkv_bias[1 : 1 + channels].copy_(weight_sum @ grad_context)
+            tensors["sums_ptr"] = grad_out_weight
+            run((plan.out_weight, plan.sum_weights), x.device, tensors)
+            tensors["sums_ptr"] = grad_qkv_weight[1 + channels :]
+            run((plan.value_weight, plan.sum_weights), x.device, tensors)
+    # Per slice, [S, D] and smaller: torch's sums and products, in float32.
+    grad_context = partial[:, :, :slots].sum(1).flatten(0, 1)[:slices]  # [S, D]
+    pooled, weight_sum = statistics[:, :channels], statistics[:, -1]
+    grad_pooled = grad_context @ qkv_weight[1 : 1 + channels].to(torch.float32)  # [S, D]
+    delta = (pooled * grad_pooled).sum(1)
+    bias_grad = torch.zeros_like(weight_sum)
+    if qkv_bias is not None:
+        bias_grad = grad_context @ qkv_bias[1 : 1 + channels].to(torch.float32)  # [S]
+        delta = delta + weight_sum * bias_grad
+    if grad_weights is not None:
+        per_slice = token_view(weights * grad_weights, patch_h, patch_w)
+        delta = delta + per_slice.sum((-2, -1)).flatten()
+
+    grad_scores = torch.empty_like(weights)
+    score_partial = statistics.new_empty((plan.source.programs, channels + 1))
+    tensors = {
+        "source_ptr": source,
+        "qkv_weight_ptr": qkv_weight,
+        "value_weight_ptr": qkv_weight[1 + channels :],
+        "weights_ptr": weights,
+        "seed_ptr": dropout_seed,
+        "grad_weights_ptr": grad_weights,
+        "grad_pooled_ptr": grad_pooled,
+        "slice_grads_ptr": torch.stack((bias_grad, delta), 1),
+        "grad_scores_ptr": grad_scores,
+        "grad_source_ptr": grad_source,
+        "score_partial_ptr": score_partial,
+        "grad_v_ptr": grad_v,
+        "grad_x_ptr": grad_x,
+    }
+    run((plan.source, plan.input) if need_input_grad else (plan.source,), x.device, tensors)
+    if need_weight_grad:
+        biases = partial[:, :, slots:].sum((0, 1))  # [2, D]
+        grad_out_bias.copy_(biases[1])
+        grad_qkv_bias[1 + channels :].copy_(biases[0])
+        scores = score_partial.sum(0)  # [D + 1]
+        grad_qkv_weight[0].copy_(scores[:channels])
+        grad_qkv_bias[0].copy_(scores[channels])
+        grad_qkv_weight[1 : 1 + channels].copy_(grad_context.T @ pooled)
+        grad_qkv_bias[1 : 1 + channels].copy_(weight_sum @ grad_context)
     return results
-
-
-def _sum_parts(parts: Tensor, sums: Tensor) -> None:
-    """``sums.copy_(parts.sum(0))`` for contiguous ``sums``, in a fixed order."""
-    values = sums.numel()
-    products.sum_parts_kernel[(triton.cdiv(values, SUM_BLOCK),)](
-        partial_ptr=parts,
-        sums_ptr=sums,
-        splits=parts.shape[0],
-        values=values,
-        BLOCK=SUM_BLOCK,
-    )

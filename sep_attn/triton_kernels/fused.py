@@ -3,9 +3,8 @@
 
 A tile of x is multiplied by W_V, a few columns at a time; these are gated in registers and
 multiplied by W_O into sums that never leave them: the gated values do not pass through memory.
-Short slices run the scores, the
-softmax and the context in the same launch: x is read from memory once (the second time from a
-cache) and out is written once.
+Short slices run the scores, the softmax and the context in the same launch: x is read from memory
+once (the second time from a cache) and out is written once.
 
 In backward a program keeps a few columns of W_V and W_O and the sums of both gradients for them,
 and goes over tiles of x and of the output's gradient, from which it makes values and gate again.
@@ -17,6 +16,7 @@ import triton
 import triton.language as tl
 
 from sep_attn.triton_kernels.launch import band_offset, token_offsets
+from sep_attn.triton_kernels.products import gate_bwd_tile
 from sep_attn.triton_kernels.scoring import LOWEST, pool_tile, score_tile, start_pool
 from sep_attn.triton_kernels.tiles import (
     activate,
@@ -24,8 +24,8 @@ from sep_attn.triton_kernels.tiles import (
     chunk_even,
     chunk_width,
     draw_dropout,
+    in_words,
     load_bias,
-    load_columns,
     load_slice_columns,
     load_tokens,
     load_weight,
@@ -213,11 +213,8 @@ def value_gate_output_fwd_kernel(
     BLOCK_E: tl.constexpr,
 ):
     WORD: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
-    # Says to the compiler that rows hold whole groups, and that wide runs hold whole words.
-    width = width // GROUPS * GROUPS
-    if X_LAYOUT == "tokens_wide" or OUT_LAYOUT == "tokens_wide":
-        tokens = tokens // WORD * WORD
-        width = width // WORD * WORD
+    WIDE: tl.constexpr = X_LAYOUT == "tokens_wide" or OUT_LAYOUT == "tokens_wide"
+    tokens, width = in_words(tokens, width, WIDE, WORD, GROUPS)
     # Last tiles first: they were read last, and may still lie in the cache.
     value_gate_output_tile(
         tiles - 1 - tl.program_id(0),
@@ -299,15 +296,10 @@ def slice_fwd_kernel(
 ):
     WORD: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     SLICES: tl.constexpr = BANDS * GROUPS
-    # Says to the compiler that rows hold whole groups, and that wide runs hold whole words.
-    width = width // GROUPS * GROUPS
-    source_width = source_width // GROUPS * GROUPS
-    if X_LAYOUT == "tokens_wide" or OUT_LAYOUT == "tokens_wide":
-        tokens = tokens // WORD * WORD
-        width = width // WORD * WORD
-    if SOURCE_LAYOUT == "tokens_wide":
-        source_tokens = source_tokens // WORD * WORD
-        source_width = source_width // WORD * WORD
+    WIDE: tl.constexpr = X_LAYOUT == "tokens_wide" or OUT_LAYOUT == "tokens_wide"
+    tokens, width = in_words(tokens, width, WIDE, WORD, GROUPS)
+    WIDE_SOURCE: tl.constexpr = SOURCE_LAYOUT == "tokens_wide"
+    source_tokens, source_width = in_words(source_tokens, source_width, WIDE_SOURCE, WORD, GROUPS)
     pid = tl.program_id(0)
     first_slice = pid * SLICES
 
@@ -542,18 +534,13 @@ def value_gate_weights_bwd_kernel(
     BLOCK_E: tl.constexpr,
 ):
     WORD: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
-    SLICES: tl.constexpr = BANDS * GROUPS
     EVEN_E: tl.constexpr = D % BLOCK_E == 0
-    # Says to the compiler that rows hold whole groups, and that wide runs hold whole words.
-    width = width // GROUPS * GROUPS
-    if X_LAYOUT == "tokens_wide" or GRAD_OUT_LAYOUT == "tokens_wide":
-        tokens = tokens // WORD * WORD
-        width = width // WORD * WORD
+    WIDE: tl.constexpr = X_LAYOUT == "tokens_wide" or GRAD_OUT_LAYOUT == "tokens_wide"
+    tokens, width = in_words(tokens, width, WIDE, WORD, GROUPS)
     # Columns change fastest: the programs of a split read the same tokens, from the cache.
     columns = tl.cdiv(D, BLOCK_E)
     i_split = tl.program_id(0) // columns
     e = tl.program_id(0) % columns * BLOCK_E + tl.arange(0, BLOCK_E)  # [BLOCK_E]
-    slots = row_slots(BANDS, GROUPS, BLOCK_N)
     value_weights = ()
     out_weights = ()
     grad_value_weights = ()
@@ -593,58 +580,47 @@ def value_gate_weights_bwd_kernel(
             v = tl.dot(x[i], value_weights[i].T, v, input_precision=PRECISION)
             grad_gated = tl.dot(grad_out[i], out_weights[i], grad_gated, input_precision=PRECISION)
         v += value_bias[None, :]
-        context = load_slice_columns(
-            statistics_ptr + D,
-            2 * D + 1,
-            i_tile // band_tiles * SLICES,
-            slices,
-            slots,
-            e,
-            D,
-            SLICES,
-            True,
-        )  # [BLOCK_N or 1, BLOCK_E]
-        active = activate(v, ACT)
-        grad_v = grad_gated * context
-        if ACT == "relu":
-            grad_v = tl.where(v <= 0.0, 0.0, grad_v)
-        stored_grad_v = grad_v.to(x_ptr.dtype.element_ty)
-        rows = row_offsets(
-            band, n, grad_v_strides, width, patch_h, patch_w, UNIFORM, GRAD_V_LAYOUT, WORD
-        )
-        store_columns(
-            grad_v_ptr,
-            stored_grad_v,
-            rows,
-            inside,
-            e,
-            grad_v_strides,
-            D,
-            EVEN_E,
-            GRAD_V_LAYOUT,
-            WORD,
-        )
-        tile_ptr = partial_ptr + i_tile.to(tl.int64) * ((SLICES + 2) * D)
-        grad_context = grad_gated * active
-        for slot in tl.static_range(SLICES):
-            own = grad_context
-            if SLICES > 1:
-                own = tl.where((slots == slot)[:, None], grad_context, 0.0)
-            tl.store(tile_ptr + slot * D + e, tl.sum(own, axis=0), mask=e < D)
-        tl.store(tile_ptr + SLICES * D + e, tl.sum(grad_v, axis=0), mask=e < D)
-        own_columns = load_columns(
-            grad_out_ptr, grad_rows, inside, e, grad_out_strides, D, EVEN_E, GRAD_OUT_LAYOUT, WORD
-        )
-        grad_bias = tl.sum(own_columns.to(tl.float32), axis=0)
-        tl.store(tile_ptr + (SLICES + 1) * D + e, grad_bias, mask=e < D)
-
         # Rows beyond the tokens hold act(b_V), but their x and gradients are 0.
-        gated = (active * context).to(x_ptr.dtype.element_ty)
+        gated, grad_v = gate_bwd_tile(
+            v,
+            grad_gated,
+            e,
+            band,
+            n,
+            inside,
+            i_tile,
+            band_tiles,
+            slices,
+            width,
+            patch_h,
+            patch_w,
+            grad_out_ptr,
+            grad_rows,
+            grad_out_strides,
+            statistics_ptr,
+            None,
+            None,
+            grad_v_ptr,
+            grad_v_strides,
+            partial_ptr,
+            D,
+            GRAD_OUT_LAYOUT,
+            "",
+            GRAD_V_LAYOUT,
+            UNIFORM,
+            WORD,
+            BANDS,
+            GROUPS,
+            ACT,
+            BLOCK_N,
+            BLOCK_E,
+            True,
+        )
         new_value_weights = ()
         new_out_weights = ()
         for i in tl.static_range(len(CHUNKS)):
             new_value_weights = new_value_weights + (
-                tl.dot(x[i].T, stored_grad_v, grad_value_weights[i], input_precision=PRECISION),
+                tl.dot(x[i].T, grad_v, grad_value_weights[i], input_precision=PRECISION),
             )
             new_out_weights = new_out_weights + (
                 tl.dot(grad_out[i].T, gated, grad_out_weights[i], input_precision=PRECISION),

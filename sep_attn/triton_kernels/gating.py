@@ -6,20 +6,18 @@ once. Where there are few slices their tokens are split over programs; the parts
 added in a fixed order, so results are the same bit for bit from run to run.
 """
 
-import functools
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sep_attn.layout import accumulate_dtype, num_channels
 from sep_attn.triton_kernels.launch import (
     ACCUMULATE,
     COMBINE_CHANNELS,
     COMBINE_ROWS,
-    PLANS,
+    Launch,
     Plan,
     band_offset,
     by_group,
@@ -27,7 +25,8 @@ from sep_attn.triton_kernels.launch import (
     is_uniform,
     matrix_offsets,
     memory_layout,
-    on_device,
+    planned,
+    run,
     shifted,
     split_tokens,
     spread,
@@ -127,7 +126,7 @@ def gate_fwd_kernel(
     tl.store(y_ptr + y_offsets, y, mask=tile_mask)
 
 
-@functools.lru_cache(maxsize=PLANS)
+@planned
 def _plan_forward(
     dtype: torch.dtype,
     shape: tuple[int, ...],
@@ -136,8 +135,7 @@ def _plan_forward(
     act: str,
     context_strides: tuple[int, ...],
     **stride: tuple[int, ...],
-) -> tuple[int, dict[str, Any]]:
-    """How many programs run, and everything the kernel is told but its tensors."""
+) -> Launch:
     grid = token_grid(shape, patch_h, patch_w)
     strides = {name: grid_strides(shape, value, grid) for name, value in stride.items()}
     uniform = is_uniform(grid, strides.values())
@@ -156,7 +154,7 @@ def _plan_forward(
         "BLOCK_D": block_d,
     }
     tiles = triton.cdiv(grid.tokens, block_n) * triton.cdiv(grid.channels, block_d)
-    return grid.bands * tiles, arguments
+    return Launch(gate_fwd_kernel, grid.bands * tiles, arguments)
 
 
 def gate(v: Tensor, context: Tensor, act: str, patch_h: int, patch_w: int) -> Tensor:
@@ -177,7 +175,7 @@ def gate(v: Tensor, context: Tensor, act: str, patch_h: int, patch_w: int) -> Te
     y = torch.empty_like(v)
     if v.shape[0] == 0:
         return y
-    programs, arguments = _plan_forward(
+    launch = _plan_forward(
         v.dtype,
         v.shape,
         patch_h,
@@ -187,8 +185,7 @@ def gate(v: Tensor, context: Tensor, act: str, patch_h: int, patch_w: int) -> Te
         v_strides=v.stride(),
         y_strides=y.stride(),
     )
-    with on_device(v.device):
-        gate_fwd_kernel[(programs,)](v_ptr=v, context_ptr=context, y_ptr=y, **arguments)
+    run((launch,), v.device, {"v_ptr": v, "context_ptr": context, "y_ptr": y})
     return y
 
 
@@ -310,7 +307,7 @@ def gate_bwd_combine_kernel(
     tl.store(grad_context_ptr + offsets, grad_context, mask=d_inside)
 
 
-@functools.lru_cache(maxsize=PLANS)
+@planned
 def _plan_backward(
     dtype: torch.dtype,
     shape: tuple[int, ...],
@@ -352,9 +349,12 @@ def _plan_backward(
         "BLOCK_S": COMBINE_ROWS,
         "BLOCK_D": COMBINE_CHANNELS,
     }
-    parts = triton.cdiv(grid.channels, COMBINE_CHANNELS)
-    programs = grid.bands * splits * channel_tiles
-    return Plan(splits, programs, backward, grid.bands * parts, combine)
+    launches = [Launch(gate_bwd_kernel, grid.bands * splits * channel_tiles, backward)]
+    # How many parts there are decides nothing else: a traced program combines even one.
+    if not statically_known_true(splits == 1):
+        parts = triton.cdiv(grid.channels, COMBINE_CHANNELS)
+        launches.append(Launch(gate_bwd_combine_kernel, grid.bands * parts, combine))
+    return Plan(splits, tuple(launches))
 
 
 def gate_backward(
@@ -392,19 +392,15 @@ def gate_backward(
         grad_v_strides=grad_v.stride(),
     )
     partial = grad_context
-    if plan.splits > 1:
+    if len(plan.launches) > 1:
         partial = v.new_empty((slices * plan.splits, channels), dtype=dtype)
-    with on_device(v.device):
-        gate_bwd_kernel[(plan.programs,)](
-            grad_y_ptr=grad_y,
-            v_ptr=v,
-            context_ptr=context,
-            grad_v_ptr=grad_v,
-            partial_ptr=partial,
-            **plan.arguments,
-        )
-        if plan.splits > 1:
-            gate_bwd_combine_kernel[(plan.second_programs,)](
-                partial_ptr=partial, grad_context_ptr=grad_context, **plan.second_arguments
-            )
+    tensors = {
+        "grad_y_ptr": grad_y,
+        "v_ptr": v,
+        "context_ptr": context,
+        "grad_v_ptr": grad_v,
+        "partial_ptr": partial,
+        "grad_context_ptr": grad_context,
+    }
+    run(plan.launches, v.device, tensors)
     return grad_v, grad_context

@@ -9,12 +9,19 @@ patch make one band, which is then read in whole runs of memory; otherwise a ban
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from sep_attn.triton_kernels import tracing
 
 ACCUMULATE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -43,7 +50,7 @@ MOST_TOKENS = 2**30
 
 # Triton compiles anew for every int of a tuple that turns 1 or a multiple of 16, whatever
 # do_not_specialize says. Strides travel shifted by this many bits, and so all look alike.
-STRIDE_SHIFT = tl.constexpr(4)
+STRIDE_SHIFT = tl.constexpr(tracing.SHIFT)
 
 
 class TokenGrid(NamedTuple):
@@ -85,7 +92,7 @@ def token_grid(shape: tuple[int, ...], patch_h: int, patch_w: int) -> TokenGrid:
             f"the Triton kernels take up to {MOST_TOKENS} tokens a slice (or row of slices), "
             f"this call has {tokens}; cut the input along its tokens"
         )
-    if rows == 1 or width == 1:
+    if statically_known_true(rows == 1) or statically_known_true(width == 1):
         width = tokens
     return TokenGrid(batch * patch_h * patch_w, tokens, width, channels, patch_h, patch_w, groups)
 
@@ -100,14 +107,14 @@ def grid_strides(
         shape: of x, ``[B, N, D]`` or ``[B, D, H, W]``.
         stride: of a tensor of that shape, or of one value a token, ``[B, N]`` or ``[B, H, W]``.
     """
-    image = stride[0] if shape[0] > 1 else 0
+    image = 0 if statically_known_true(shape[0] <= 1) else stride[0]
     if len(shape) == 3:
         return image, 0, 0, 0, *stride[1:]
     *channel, row, column = stride[1:]
     patch_row = row if grid.patch_h > 1 else 0
     patch_column = column if grid.patch_w > 1 else 0
     row, column = row * grid.patch_h, column * grid.patch_w
-    if shape[3] == grid.patch_w:  # one token a row: go from row to row
+    if statically_known_true(shape[3] == grid.patch_w):  # one token a row: go from row to row
         row, column = 0, row
     return image, patch_row, patch_column, row, column, *channel
 
@@ -117,7 +124,7 @@ def shifted(
 ) -> dict[str, tuple[int, ...] | None]:
     """The strides of these names as kernels take them; None where there are none."""
     return {
-        name: tuple(stride << STRIDE_SHIFT.value for stride in strides[name])
+        name: tuple(stride * 2**tracing.SHIFT for stride in strides[name])
         if name in strides
         else None
         for name in names
@@ -126,8 +133,8 @@ def shifted(
 
 def is_uniform(grid: TokenGrid, operands: Iterable[tuple[int, ...]]) -> bool:
     """Whether one stride leads from token to token through the whole band, in every operand."""
-    return grid.width == grid.tokens or all(
-        strides[3] == grid.width * strides[4] for strides in operands
+    return statically_known_true(grid.width == grid.tokens) or all(
+        statically_known_true(strides[3] == grid.width * strides[4]) for strides in operands
     )
 
 
@@ -159,30 +166,129 @@ def tile_shape(itemsize: int, layout: str, channels: int) -> tuple[int, int]:
     return values // block, block
 
 
+def split_tiles(tiles: int, most: int) -> tuple[int, int]:
+    """Into how many parts this many tiles are split, ``most`` or fewer, and how many tiles a part
+    has. None is empty, except in a traced program, where the number of tiles is a symbol."""
+    parts = torch.sym_max(1, torch.sym_min(tiles, most))
+    part_tiles = triton.cdiv(tiles, parts)
+    return triton.cdiv(tiles, part_tiles) if isinstance(tiles, int) else parts, part_tiles
+
+
 def split_tokens(programs: int, tokens: int, block_tokens: int) -> tuple[int, int]:
     """Into how many parts the tokens of a band are split, and how many tiles a part has, where
     ``programs`` programs would run without splitting."""
     tiles = triton.cdiv(tokens, block_tokens)
-    split_tiles = max(TILES_PER_SPLIT, triton.cdiv(tiles * programs, PROGRAMS))
-    return triton.cdiv(tiles, split_tiles), split_tiles
+    if not isinstance(tiles, int):  # nearly the same, in terms of which less is to be proved
+        most = torch.sym_min(triton.cdiv(tiles, TILES_PER_SPLIT), PROGRAMS // programs)
+        return split_tiles(tiles, most)
+    part_tiles = max(TILES_PER_SPLIT, triton.cdiv(tiles * programs, PROGRAMS))
+    return triton.cdiv(tiles, part_tiles), part_tiles
 
 
 class Plan(NamedTuple):
-    """Into how many parts a band is split; the programs of a kernel and everything it is told but
-    its tensors; the same of the kernel that goes with it where there are parts."""
+    """Into how many parts a band is split, and the launches."""
 
     splits: int
-    programs: int
-    arguments: dict[str, Any]
-    second_programs: int
-    second_arguments: dict[str, Any]
+    launches: tuple[Launch, ...]
+
+
+class Launch:
+    """A kernel, its programs and everything it is told but its tensors.
+
+    Triton compiles by what the arguments are: of tensors, whether they are there, their dtype, and
+    whether they begin at a multiple of 16 bytes. What was compiled for tensors of a kind is kept,
+    and launched at once by the next call of that kind: to work that out takes Triton longer than a
+    small layer's kernel.
+
+    Args:
+        kernel: a function of ``triton.jit``.
+        programs: how many run.
+        arguments: by the kernel's names, the compiler's options among them.
+        operands: by the kernel's names, what a call's tensors are named where that differs.
+    """
+
+    def __init__(
+        self, kernel: Any, programs: int, arguments: dict[str, Any], **operands: str
+    ) -> None:
+        self.kernel = kernel
+        self.programs = programs
+        self.arguments = arguments
+        self.operands = {
+            name: operands.get(name, name) for name in kernel.arg_names if name not in arguments
+        }
+        self._compiled: dict[tuple[Any, ...], Callable[..., None]] = {}
+        self._template = [arguments.get(name) for name in kernel.arg_names]
+        self._places = [
+            (place, self.operands[name])
+            for place, name in enumerate(kernel.arg_names)
+            if name in self.operands
+        ]
+
+    def __call__(
+        self, kind: tuple[Any, ...], tensors: Mapping[str, Tensor | None], stream: int | None = None
+    ) -> None:
+        """Launches on what the kernel takes of ``tensors``, which are of this :func:`kind_of`, on a
+        stream (default: the current one)."""
+        compiled = self._compiled.get(kind)
+        if compiled is None:
+            grid = (self.programs, 1, 1)
+            taken = {name: tensors[operand] for name, operand in self.operands.items()}
+            result = self.kernel[grid](**taken, **self.arguments)
+            if isinstance(result, CompiledKernel):  # under the interpreter there is none
+                self._compiled[kind] = result[grid]
+            return
+        arguments = self._template.copy()
+        for place, operand in self._places:
+            arguments[place] = tensors[operand]
+        compiled(*arguments, stream=stream)
+
+
+def kind_of(device: torch.device, tensors: Mapping[str, Tensor | None]) -> tuple[Any, ...]:
+    """What Triton compiles a kernel by, besides a launch's own arguments."""
+    kinds = [
+        None if value is None else (value.dtype,) if value.data_ptr() & 15 else value.dtype
+        for value in tensors.values()
+    ]
+    return device.index, *kinds
+
+
+def run(
+    launches: Sequence[Launch], device: torch.device, tensors: Mapping[str, Tensor | None]
+) -> None:
+    """Launches kernels one after another; each takes what it needs of the call's tensors."""
+    if tracing.is_active():
+        for launch in launches:
+            taken = {name: tensors[operand] for name, operand in launch.operands.items()}
+            tracing.launch(launch.kernel, launch.programs, launch.arguments, taken)
+        return
+    kind = kind_of(device, tensors)
+    with on_device(device):
+        # Asked for once: Triton would ask for device and stream at every launch.
+        stream = None
+        if device.index is not None:
+            stream = driver.active.get_current_stream(device.index)
+        for launch in launches:
+            launch(kind, tensors, stream)
+
+
+def planned(plan: Callable[..., Any]) -> Any:
+    """Keeps plans by their arguments: shapes, strides, dtypes and choices. Not while a program is
+    traced, for then sizes may be symbols, and the plan holds for all that they can be."""
+    kept = functools.lru_cache(maxsize=PLANS)(plan)
+
+    @functools.wraps(plan)
+    def plan_or_recall(*arguments: Any, **named: Any) -> Any:
+        return (plan if tracing.is_active() else kept)(*arguments, **named)
+
+    plan_or_recall.cache_clear = kept.cache_clear  # type: ignore[attr-defined]
+    return plan_or_recall
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Makes ``device`` current while a kernel is launched; a CPU device needs nothing."""
     if device.type == "cpu":
         return contextlib.nullcontext()
-    return torch.get_device_module(device).device(device)
+    return torch.accelerator.device_index(device.index)
 
 
 @triton.jit

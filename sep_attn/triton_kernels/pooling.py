@@ -7,20 +7,19 @@ tokens of a slice and ``p~ = p * dropout_scale``, ``pooled = sum_n p~_n x_n`` an
 parts are combined in a fixed order, so results are the same bit for bit from run to run.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sep_attn.layout import accumulate_dtype, num_channels
 from sep_attn.triton_kernels.launch import (
     ACCUMULATE,
     COMBINE_CHANNELS,
     COMBINE_ROWS,
-    PLANS,
     PROGRAMS,
+    Launch,
     Plan,
     band_offset,
     by_group,
@@ -28,7 +27,8 @@ from sep_attn.triton_kernels.launch import (
     is_uniform,
     matrix_offsets,
     memory_layout,
-    on_device,
+    planned,
+    run,
     shifted,
     split_tokens,
     spread,
@@ -294,6 +294,8 @@ def context_pool_combine_kernel(
     MOST_SPLITS: tl.constexpr,
     WEIGHTS_BLOCK: tl.constexpr,
 ):
+    if splits == 1:
+        return  # nothing is left to do
     pid = tl.program_id(0)
     i_band = pid % bands
     i_part = pid // bands
@@ -358,7 +360,7 @@ def context_pool_combine_kernel(
     )
 
 
-@functools.lru_cache(maxsize=PLANS)
+@planned
 def _plan_forward(
     dtype: torch.dtype,
     shape: tuple[int, ...],
@@ -377,7 +379,7 @@ def _plan_forward(
     block_n, block_d = tile_shape(dtype.itemsize, layout, grid.channels)
     channel_tiles = triton.cdiv(grid.channels, block_d)
     splits, split_tiles = split_tokens(grid.bands * channel_tiles, grid.tokens, block_n)
-    parts = max(
+    parts = torch.sym_max(
         triton.cdiv(grid.channels, COMBINE_CHANNELS),
         triton.cdiv(grid.tokens, 4 * WEIGHTS_BLOCK),
     )
@@ -406,8 +408,11 @@ def _plan_forward(
         "BLOCK_D": COMBINE_CHANNELS,
         "MOST_SPLITS": PROGRAMS,
     }
-    programs = grid.bands * splits * channel_tiles
-    return Plan(splits, programs, forward, grid.bands * parts, combine)
+    launches = [Launch(context_pool_fwd_kernel, grid.bands * splits * channel_tiles, forward)]
+    # How many parts there are decides nothing else: a traced program combines even one.
+    if not statically_known_true(splits == 1):
+        launches.append(Launch(context_pool_combine_kernel, grid.bands * parts, combine))
+    return Plan(splits, tuple(launches))
 
 
 def context_pool(
@@ -454,30 +459,19 @@ def context_pool(
         weights_strides=weights.stride(),
     )
     partial = pooled
-    if plan.splits > 1:
+    if len(plan.launches) > 1:
         partial = x.new_empty((slices * plan.splits, channels + 3), dtype=dtype)
-    with on_device(x.device):
-        context_pool_fwd_kernel[(plan.programs,)](
-            x_ptr=x,
-            scores_ptr=scores,
-            mask_ptr=key_padding_mask,
-            dropout_ptr=dropout_scale,
-            pooled_ptr=pooled,
-            weight_sum_ptr=weight_sum,
-            weights_ptr=weights,
-            partial_ptr=partial,
-            **plan.arguments,
-        )
-        if plan.splits > 1:
-            context_pool_combine_kernel[(plan.second_programs,)](
-                partial_ptr=partial,
-                scores_ptr=scores,
-                mask_ptr=key_padding_mask,
-                pooled_ptr=pooled,
-                weight_sum_ptr=weight_sum,
-                weights_ptr=weights,
-                **plan.second_arguments,
-            )
+    tensors = {
+        "x_ptr": x,
+        "scores_ptr": scores,
+        "mask_ptr": key_padding_mask,
+        "dropout_ptr": dropout_scale,
+        "pooled_ptr": pooled,
+        "weight_sum_ptr": weight_sum,
+        "weights_ptr": weights,
+        "partial_ptr": partial,
+    }
+    run(plan.launches, x.device, tensors)
     return pooled, weight_sum, weights
 
 
@@ -633,7 +627,7 @@ def context_pool_bwd_kernel(
     tl.store(grad_scores_ptr + offsets, grad_scores, mask=inside)
 
 
-@functools.lru_cache(maxsize=PLANS)
+@planned
 def _plan_backward(
     dtype: torch.dtype,
     shape: tuple[int, ...],
@@ -641,6 +635,8 @@ def _plan_backward(
     patch_w: int,
     pooled_strides: tuple[int, ...],
     grad_pooled_strides: tuple[int, ...],
+    weight_sum_stride: int,
+    grad_weight_sum_stride: int,
     **stride: tuple[int, ...] | None,
 ) -> Plan:
     grid = token_grid(shape, patch_h, patch_w)
@@ -664,6 +660,8 @@ def _plan_backward(
     backward = {
         **both,
         **shifted(strides, (*stride, "pooled_strides", "grad_pooled_strides")),
+        "weight_sum_stride": weight_sum_stride,
+        "grad_weight_sum_stride": grad_weight_sum_stride,
         "X_LAYOUT": layout,
         "GRAD_X_LAYOUT": grad_x_layout,
         "BLOCK_N": block_n,
@@ -677,7 +675,11 @@ def _plan_backward(
         "BLOCK_N": WEIGHTS_BLOCK,
     }
     programs = grid.bands * triton.cdiv(grid.tokens, block_n)
-    return Plan(splits, programs, backward, grid.bands * splits, weights)
+    launches = [Launch(context_pool_bwd_kernel, programs, backward)]
+    if "grad_weights_strides" in strides:
+        of_weights = Launch(context_pool_bwd_weights_kernel, grid.bands * splits, weights)
+        launches.insert(0, of_weights)
+    return Plan(splits, tuple(launches))
 
 
 def context_pool_backward(
@@ -720,6 +722,8 @@ def context_pool_backward(
         patch_w,
         pooled.stride(),
         grad_pooled.stride(),
+        weight_sum.stride(0),
+        0 if grad_weight_sum is None else grad_weight_sum.stride(0),
         x_strides=x.stride(),
         grad_x_strides=grad_x.stride(),
         weights_strides=weights.stride(),
@@ -728,29 +732,20 @@ def context_pool_backward(
         grad_scores_strides=grad_scores.stride(),
     )
     partial = None
-    with on_device(x.device):
-        if grad_weights is not None:
-            partial = weights.new_empty(slices * plan.splits)
-            context_pool_bwd_weights_kernel[(plan.second_programs,)](
-                grad_weights_ptr=grad_weights,
-                weights_ptr=weights,
-                partial_ptr=partial,
-                **plan.second_arguments,
-            )
-        context_pool_bwd_kernel[(plan.programs,)](
-            grad_pooled_ptr=grad_pooled,
-            grad_weight_sum_ptr=grad_weight_sum,
-            grad_weight_sum_stride=0 if grad_weight_sum is None else grad_weight_sum.stride(0),
-            grad_weights_ptr=grad_weights,
-            x_ptr=x,
-            pooled_ptr=pooled,
-            weight_sum_ptr=weight_sum,
-            weight_sum_stride=weight_sum.stride(0),
-            weights_ptr=weights,
-            dropout_ptr=dropout_scale,
-            partial_ptr=partial,
-            grad_x_ptr=grad_x,
-            grad_scores_ptr=grad_scores,
-            **plan.arguments,
-        )
+    if grad_weights is not None:
+        partial = weights.new_empty(slices * plan.splits)
+    tensors = {
+        "grad_pooled_ptr": grad_pooled,
+        "grad_weight_sum_ptr": grad_weight_sum,
+        "grad_weights_ptr": grad_weights,
+        "x_ptr": x,
+        "pooled_ptr": pooled,
+        "weight_sum_ptr": weight_sum,
+        "weights_ptr": weights,
+        "dropout_ptr": dropout_scale,
+        "partial_ptr": partial,
+        "grad_x_ptr": grad_x,
+        "grad_scores_ptr": grad_scores,
+    }
+    run(plan.launches, x.device, tensors)
     return grad_x, grad_scores

@@ -20,6 +20,7 @@ from sep_attn.triton_kernels.launch import band_offset, token_offsets
 from sep_attn.triton_kernels.tiles import (
     activate,
     draw_dropout,
+    in_words,
     load_bias,
     load_columns,
     load_slice_columns,
@@ -95,11 +96,8 @@ def token_product_kernel(
     WORD: tl.constexpr = 128 // a_ptr.dtype.element_ty.primitive_bitwidth
     EVEN_E: tl.constexpr = D % BLOCK_E == 0
     EVEN_K: tl.constexpr = D % BLOCK_K == 0
-    # Says to the compiler that rows hold whole groups, and that wide runs hold whole words.
-    width = width // GROUPS * GROUPS
-    if A_LAYOUT == "tokens_wide" or OUT_LAYOUT == "tokens_wide":
-        tokens = tokens // WORD * WORD
-        width = width // WORD * WORD
+    WIDE: tl.constexpr = A_LAYOUT == "tokens_wide" or OUT_LAYOUT == "tokens_wide"
+    tokens, width = in_words(tokens, width, WIDE, WORD, GROUPS)
     columns = tl.cdiv(D, BLOCK_E)
     i_tile = tl.program_id(0) // columns
     e = tl.program_id(0) % columns * BLOCK_E + tl.arange(0, BLOCK_E)  # [BLOCK_E]
@@ -143,6 +141,85 @@ def token_product_kernel(
     store_columns(out_ptr, acc, rows, inside, e, out_strides, D, EVEN_E, OUT_LAYOUT, WORD)
 
 
+@triton.jit
+def gate_bwd_tile(
+    v,  # [BLOCK_N, BLOCK_E]
+    grad_gated,  # [BLOCK_N, BLOCK_E]
+    e,  # [BLOCK_E]
+    band,
+    n,  # [BLOCK_N]
+    inside,  # [BLOCK_N]
+    i_tile,
+    band_tiles,
+    slices,
+    width,
+    patch_h,
+    patch_w,
+    grad_out_ptr,
+    grad_rows,  # [BLOCK_N], offsets
+    grad_out_strides,
+    statistics_ptr,  # [S, 2 D + 1]: pooled | context | sum of the dropped weights
+    gated_ptr,
+    gated_strides,
+    grad_v_ptr,
+    grad_v_strides,
+    partial_ptr,  # [tiles, SLICES + 2, D]: gradient of each context | of b_V | of b_O
+    D: tl.constexpr,
+    GRAD_OUT_LAYOUT: tl.constexpr,
+    GATED_LAYOUT: tl.constexpr,
+    GRAD_V_LAYOUT: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    WORD: tl.constexpr,
+    BANDS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ACT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    UNROLL: tl.constexpr,  # inside a loop that is to be pipelined
+):
+    # Stores dv, the tile's sums and, where they are wanted, the gated values; gives these and dv.
+    SLICES: tl.constexpr = BANDS * GROUPS
+    EVEN_E: tl.constexpr = D % BLOCK_E == 0
+    slots = row_slots(BANDS, GROUPS, BLOCK_N)
+    first_slice = i_tile // band_tiles * SLICES
+    context = load_slice_columns(
+        statistics_ptr + D, 2 * D + 1, first_slice, slices, slots, e, D, SLICES, UNROLL
+    )  # [BLOCK_N or 1, BLOCK_E]
+    active = activate(v, ACT)
+    if gated_ptr is not None:
+        rows = row_offsets(
+            band, n, gated_strides, width, patch_h, patch_w, UNIFORM, GATED_LAYOUT, WORD
+        )
+        gated = active * context
+        store_columns(
+            gated_ptr, gated, rows, inside, e, gated_strides, D, EVEN_E, GATED_LAYOUT, WORD
+        )
+    grad_v = grad_gated * context
+    if ACT == "relu":
+        grad_v = tl.where(v <= 0.0, 0.0, grad_v)
+    stored_grad_v = grad_v.to(grad_v_ptr.dtype.element_ty)
+    rows = row_offsets(
+        band, n, grad_v_strides, width, patch_h, patch_w, UNIFORM, GRAD_V_LAYOUT, WORD
+    )
+    store_columns(
+        grad_v_ptr, stored_grad_v, rows, inside, e, grad_v_strides, D, EVEN_E, GRAD_V_LAYOUT, WORD
+    )
+    partial_ptr += i_tile.to(tl.int64) * ((SLICES + 2) * D)
+    grad_context = grad_gated * active
+    for slot in tl.static_range(SLICES):
+        own = grad_context
+        if SLICES > 1:
+            own = tl.where((slots == slot)[:, None], grad_context, 0.0)
+        tl.store(partial_ptr + slot * D + e, tl.sum(own, axis=0), mask=e < D)
+    tl.store(partial_ptr + SLICES * D + e, tl.sum(grad_v, axis=0), mask=e < D)
+    grad_out = load_columns(
+        grad_out_ptr, grad_rows, inside, e, grad_out_strides, D, EVEN_E, GRAD_OUT_LAYOUT, WORD
+    )
+    grad_bias = tl.sum(grad_out.to(tl.float32), axis=0)
+    tl.store(partial_ptr + (SLICES + 1) * D + e, grad_bias, mask=e < D)
+    return (active * context).to(grad_v_ptr.dtype.element_ty), stored_grad_v
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def value_gate_bwd_kernel(
     grad_out_ptr,
@@ -181,14 +258,10 @@ def value_gate_bwd_kernel(
     BLOCK_K: tl.constexpr,
 ):
     WORD: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
-    SLICES: tl.constexpr = BANDS * GROUPS
     EVEN_E: tl.constexpr = D % BLOCK_E == 0
     EVEN_K: tl.constexpr = D % BLOCK_K == 0
-    # Says to the compiler that rows hold whole groups, and that wide runs hold whole words.
-    width = width // GROUPS * GROUPS
-    if X_LAYOUT == "tokens_wide" or GRAD_OUT_LAYOUT == "tokens_wide":
-        tokens = tokens // WORD * WORD
-        width = width // WORD * WORD
+    WIDE: tl.constexpr = X_LAYOUT == "tokens_wide" or GRAD_OUT_LAYOUT == "tokens_wide"
+    tokens, width = in_words(tokens, width, WIDE, WORD, GROUPS)
     columns = tl.cdiv(D, BLOCK_E)
     i_tile = tl.program_id(0) // columns
     e = tl.program_id(0) % columns * BLOCK_E + tl.arange(0, BLOCK_E)  # [BLOCK_E]
@@ -215,58 +288,41 @@ def value_gate_bwd_kernel(
 
     if qkv_bias_ptr is not None:
         v += load_bias(qkv_bias_ptr + 1 + D, e, D)[None, :]
-    slots = row_slots(BANDS, GROUPS, BLOCK_N)
-    context = load_slice_columns(
-        statistics_ptr + D,
-        2 * D + 1,
-        i_tile // band_tiles * SLICES,
-        slices,
-        slots,
+    gate_bwd_tile(
+        v,
+        grad_gated,
         e,
+        band,
+        n,
+        inside,
+        i_tile,
+        band_tiles,
+        slices,
+        width,
+        patch_h,
+        patch_w,
+        grad_out_ptr,
+        grad_rows,
+        grad_out_strides,
+        statistics_ptr,
+        gated_ptr,
+        gated_strides,
+        grad_v_ptr,
+        grad_v_strides,
+        partial_ptr,
         D,
-        SLICES,
+        GRAD_OUT_LAYOUT,
+        GATED_LAYOUT,
+        GRAD_V_LAYOUT,
+        UNIFORM,
+        WORD,
+        BANDS,
+        GROUPS,
+        ACT,
+        BLOCK_N,
+        BLOCK_E,
         False,
-    )  # [BLOCK_N or 1, BLOCK_E]
-    active = activate(v, ACT)
-    if gated_ptr is not None:
-        rows = row_offsets(
-            band, n, gated_strides, width, patch_h, patch_w, UNIFORM, GATED_LAYOUT, WORD
-        )
-        store_columns(
-            gated_ptr,
-            active * context,
-            rows,
-            inside,
-            e,
-            gated_strides,
-            D,
-            EVEN_E,
-            GATED_LAYOUT,
-            WORD,
-        )
-    grad_v = grad_gated * context
-    if ACT == "relu":
-        grad_v = tl.where(v <= 0.0, 0.0, grad_v)
-    rows = row_offsets(
-        band, n, grad_v_strides, width, patch_h, patch_w, UNIFORM, GRAD_V_LAYOUT, WORD
     )
-    store_columns(
-        grad_v_ptr, grad_v, rows, inside, e, grad_v_strides, D, EVEN_E, GRAD_V_LAYOUT, WORD
-    )
-
-    partial_ptr += i_tile.to(tl.int64) * ((SLICES + 2) * D)
-    grad_context = grad_gated * active
-    for slot in tl.static_range(SLICES):
-        own = grad_context
-        if SLICES > 1:
-            own = tl.where((slots == slot)[:, None], grad_context, 0.0)
-        tl.store(partial_ptr + slot * D + e, tl.sum(own, axis=0), mask=e < D)
-    tl.store(partial_ptr + SLICES * D + e, tl.sum(grad_v, axis=0), mask=e < D)
-    grad_out = load_columns(
-        grad_out_ptr, grad_rows, inside, e, grad_out_strides, D, EVEN_E, GRAD_OUT_LAYOUT, WORD
-    )
-    grad_bias = tl.sum(grad_out.to(tl.float32), axis=0)
-    tl.store(partial_ptr + (SLICES + 1) * D + e, grad_bias, mask=e < D)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -298,11 +354,8 @@ def weight_grad_kernel(
     WORD: tl.constexpr = 128 // a_ptr.dtype.element_ty.primitive_bitwidth
     EVEN_I: tl.constexpr = D % BLOCK_I == 0
     EVEN_J: tl.constexpr = D % BLOCK_J == 0
-    # Says to the compiler that rows hold whole groups, and that wide runs hold whole words.
-    width = width // GROUPS * GROUPS
-    if A_LAYOUT == "tokens_wide" or B_LAYOUT == "tokens_wide":
-        tokens = tokens // WORD * WORD
-        width = width // WORD * WORD
+    WIDE: tl.constexpr = A_LAYOUT == "tokens_wide" or B_LAYOUT == "tokens_wide"
+    tokens, width = in_words(tokens, width, WIDE, WORD, GROUPS)
     pid = tl.program_id(0)
     i_columns = tl.cdiv(D, BLOCK_I)
     j_columns = tl.cdiv(D, BLOCK_J)

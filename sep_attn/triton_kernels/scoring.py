@@ -19,6 +19,7 @@ from sep_attn.triton_kernels.tiles import (
     chunk_even,
     chunk_width,
     draw_dropout,
+    in_words,
     load_bias,
     load_tokens,
     load_weight,
@@ -159,11 +160,8 @@ def score_pool_fwd_kernel(
     POOL_STAGES: tl.constexpr,
 ):
     WORD: tl.constexpr = 128 // source_ptr.dtype.element_ty.primitive_bitwidth
-    # Says to the compiler that rows hold whole groups, and that wide runs hold whole words.
-    width = width // GROUPS * GROUPS
-    if SOURCE_LAYOUT == "tokens_wide":
-        tokens = tokens // WORD * WORD
-        width = width // WORD * WORD
+    WIDE: tl.constexpr = SOURCE_LAYOUT == "tokens_wide"
+    tokens, width = in_words(tokens, width, WIDE, WORD, GROUPS)
     i_band = tl.program_id(0) // splits
     i_split = tl.program_id(0) % splits
     maximum, total, dropped_total, pooled = start_pool(CHUNKS, GROUPS)
@@ -356,11 +354,8 @@ def source_bwd_kernel(
 ):
     WORD: tl.constexpr = 128 // source_ptr.dtype.element_ty.primitive_bitwidth
     SLICES: tl.constexpr = BANDS * GROUPS
-    # Says to the compiler that rows hold whole groups, and that wide runs hold whole words.
-    width = width // GROUPS * GROUPS
-    if SOURCE_LAYOUT == "tokens_wide" or GRAD_SOURCE_LAYOUT == "tokens_wide":
-        tokens = tokens // WORD * WORD
-        width = width // WORD * WORD
+    WIDE: tl.constexpr = SOURCE_LAYOUT == "tokens_wide" or GRAD_SOURCE_LAYOUT == "tokens_wide"
+    tokens, width = in_words(tokens, width, WIDE, WORD, GROUPS)
     pid = tl.program_id(0)
     _, _, grad_bias, grad_score_weight = start_pool(CHUNKS, 1)
     last = tl.minimum((pid + 1) * split_tiles, tiles)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sep_attn.triton_kernels.launch import (
     TokenGrid,
@@ -39,7 +40,7 @@ class Tiling(NamedTuple):
 def tiling(grid: TokenGrid, block_tokens: int) -> Tiling:
     """Cuts bands into tiles of ``block_tokens`` rows, or puts short bands side by side."""
     rows = block_tokens
-    while rows // 2 >= max(grid.tokens, FEWEST_ROWS):
+    while rows // 2 >= FEWEST_ROWS and statically_known_true(grid.tokens <= rows // 2):
         rows //= 2
     bands = block_tokens // rows
     band_tiles = triton.cdiv(grid.tokens, rows)
@@ -66,6 +67,16 @@ def chunk_even(chunks, i, channels):
 @triton.jit
 def chunk_channels(CHUNKS: tl.constexpr, i: tl.constexpr):
     return chunk_start(CHUNKS, i) + tl.arange(0, chunk_width(CHUNKS, i))
+
+
+@triton.jit
+def in_words(tokens, width, WIDE: tl.constexpr, WORD: tl.constexpr, GROUPS: tl.constexpr):
+    # Changes nothing: says that rows hold whole groups, and that wide runs hold whole words.
+    width = width // GROUPS * GROUPS
+    if WIDE:
+        tokens = tokens // WORD * WORD
+        width = width // WORD * WORD
+    return tokens, width
 
 
 @triton.jit
