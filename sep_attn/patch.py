@@ -32,7 +32,9 @@ def patch(model: nn.Module, *, backend: str = "auto") -> int:
     A layer is left alone, with a warning that says why, when a subclass redefines its forward or a
     child that the kernels bypass is not the plain 1 x 1 convolution or dropout its class makes. If
     one is hooked, wrapped or replaced later, the layer's own forward runs, with a warning. A
-    forward set on the instance is replaced, with a warning, until :func:`unpatch`.
+    forward set on the instance is replaced, with a warning, until :func:`unpatch`. ``train`` and
+    ``_apply`` of the layer are bound too, to release what eval keeps for the kernels; where the
+    instance has its own, that stays.
 
     Args:
         model: any module. Patching again is harmless, and may change the backend.

@@ -219,3 +219,16 @@ def test_the_report_says_what_was_found(quick: Path, result: dict) -> None:
     assert "0.600 x 10^9 multiply-adds (paper 0.5; this count is +20.0% from it)" in changed
     assert "the paper's ratio is reached or passed" in changed
     assert "it is not the fastest at k = 64, 256" in changed
+
+
+def test_the_report_says_which_cells_are_empty_and_why(result: dict) -> None:
+    eager = result["latency"]
+    compiled = [
+        {**row, "mode": "compiled", "batch": batch, "status": status, "milliseconds": milliseconds}
+        for row in eager
+        for batch, status, milliseconds in ((2, "timed", 1.5), (32, "left out: no time", None))
+    ]
+    other = [{**row, "batch": 32} for row in eager]
+    text = document({**result, "latency": [*eager, *other, *compiled]})
+    assert text.count("Empty cells: left out: no time.") == len(latency.PARTS)
+    assert text.count("batch 32, 1 thread") == 2 * len(latency.PARTS)
