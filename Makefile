@@ -48,7 +48,7 @@ $(VENV)/built: $(VENV)/installed $(CPP) CMakeLists.txt setup.py
 test: $(VENV)/built
 	for folder in build/temp.*/sep_attn-native; do \
 	  $(BIN)/ctest --test-dir $$folder --parallel $(WORKERS) --output-on-failure || exit; done
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --durations 10
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --durations 10
 
 # $(call kernel-tests,preset): configures, builds and runs a preset of CMakePresets.json.
 define kernel-tests

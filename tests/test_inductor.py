@@ -25,6 +25,7 @@ pytest.importorskip("triton")
 from sep_attn import SeparableAttention, ops, triton_kernels
 from sep_attn.triton_kernels import attention, configs, launch
 
+pytestmark = pytest.mark.xdist_group("inductor")  # the graphs are made once, and take a while
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="as if there were a GPU")
 SCRIPT = str(Path(__file__).parent / "inductor_trace.py")
 LONG = ["score_pool_fwd_kernel", "context_combine_kernel", "value_gate_output_fwd_kernel"]

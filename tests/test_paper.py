@@ -18,6 +18,8 @@ from benchmarks.paper.document import document
 from benchmarks.registry import LiteralSeparableAttention
 from sep_attn import SeparableAttention
 
+pytestmark = pytest.mark.xdist_group("paper")  # its quick run is made once, and takes a while
+
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
