@@ -654,7 +654,7 @@ class AttentionBackwardPass {
     const int64_t first_slice = strip_index * grid.patch_w;
     T* directions = scratch;                   // [channels, lanes]: dxbar of each lane's slice
     T* sums = directions + channels_ * lanes;  // [channels, lanes]: of dw_I
-    T* copy = sums + channels_ * lanes;        // [channels, kVectors, lanes]: x'
+    const StripCopy<T, kVectors> copy(sums + channels_ * lanes);  // x'
     alignas(64) T biases[lanes], score_sums[lanes], values[lanes];
     for (int64_t i = 0; i < lanes; ++i) {
       const int64_t slice = first_slice + i % grid.patch_w;
@@ -728,7 +728,7 @@ class AttentionBackwardPass {
         Vec<T> sum = zero<T>();
         SEP_ATTN_UNROLL
         for (int v = 0; v < kVectors; ++v) {
-          const Vec<T> value = load(copy + (d * kVectors + v) * lanes);
+          const Vec<T> value = load(copy.vectors[v] + d * copy.stride);
           sum += score_grad[v] * (score_grad[v] != zero<T>() ? value : zero<T>());
           if (grad[v] == nullptr || counts[v] == 0) continue;
           T* at = grad[v] + d * pool_grid().stride_channel;

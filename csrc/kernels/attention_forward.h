@@ -3,6 +3,7 @@
 // where they are.
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 
 #include "attention_pool.h"
@@ -51,6 +52,8 @@ class AttentionForwardPass {
   using T = Accumulate<S>;
   static constexpr int64_t kWidth = kPanelWidth<T>;
   static constexpr int64_t kLanePanels = larger(1, 64 / kWidth);  // of a tile of lanes, at most
+  static constexpr int64_t kFarBytes = 8 << 20;  // of an output that no cache holds for long
+  static constexpr int64_t kMostPatterns = 2 * kLanePanels * kPanelVectors;
 
  public:
   AttentionForwardPass(const AttentionForward& op, const ParallelFor& parallel)
@@ -89,7 +92,8 @@ class AttentionForwardPass {
              score_bias,
              op.key_padding_mask,
              op.dropout_scale,
-             static_cast<T*>(op.weights)};
+             static_cast<T*>(op.weights),
+             {nullptr, channels_ * kWidth}};
   }
 
   void run() {
@@ -276,55 +280,68 @@ class AttentionForwardPass {
     });
   }
 
-  // The context that each vector of tokens is gated by, rows [rows) only. Where a vector holds
-  // tokens of several slices, `mixed` receives their contexts, a vector a row.
-  void lane_contexts(Range tokens, Range rows, LaneContext<T>* contexts, T* mixed) const {
-    typedef IntVec<T> Mask;
-    int64_t slices[kLanes<T>], before[kLanes<T>];
-    const T* before_lanes = nullptr;
-    for (int64_t first = 0; first < tokens.count(); first += kLanes<T>) {
-      LaneContext<T>& own = contexts[first / kLanes<T>];
+  // Contexts of vectors that hold tokens of several slices, a vector of lanes a row. Few patterns
+  // of slices recur: they are kept from vector to vector, and from tile to tile.
+  struct Pattern {
+    int64_t slices[kLanes<T>];
+  };
+  struct MixedContexts {
+    Pattern* patterns;
+    T* lanes;
+    int64_t most, count;
+  };
+
+  // The context that each vector of tokens is gated by, rows [rows) only.
+  void lane_contexts(Range tokens, Range rows, LaneContext<T>* contexts,
+                     MixedContexts& mixed) const {
+    const int64_t vectors = (tokens.count() + kLanes<T> - 1) / kLanes<T>;
+    if (mixed.count + vectors > mixed.most) mixed.count = 0;
+    for (int64_t i = 0; i < vectors; ++i) {
+      const int64_t first = i * kLanes<T>;
       const int64_t count = smaller(kLanes<T>, tokens.count() - first);
       TokenWalk walk(op_.grid, tokens.begin + first);
       if (walk.run() >= count) {
-        own = {context(walk.slice()) + rows.begin, nullptr};
+        contexts[i] = {context(walk.slice()) + rows.begin, nullptr};
         continue;
       }
-      const T* pieces[kLanes<T>];
-      Mask masks[kLanes<T>];
-      int64_t piece_slices[kLanes<T>];
-      int64_t used = 0;
-      bool same = before_lanes != nullptr;
-      for (int64_t i = 0; i < kLanes<T>; ++i) {
-        slices[i] = i < count ? walk.slice() : slices[0];
-        if (i < count) walk.next();
-        same = same && slices[i] == before[i];
+      Pattern& wanted = mixed.patterns[mixed.count];
+      for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
+        wanted.slices[lane] = lane < count ? walk.slice() : wanted.slices[0];
+        if (lane < count) walk.next();
       }
-      if (same) {
-        own = {nullptr, before_lanes};
-        continue;
+      int64_t found = 0;
+      while (std::memcmp(&mixed.patterns[found], &wanted, sizeof(Pattern)) != 0) ++found;
+      T* lanes = mixed.lanes + found * rows.count() * kLanes<T>;
+      if (found == mixed.count) {
+        mix_contexts(wanted, rows, lanes);
+        ++mixed.count;
       }
-      for (int64_t i = 0; i < kLanes<T>; ++i) {
-        before[i] = slices[i];
-        int64_t piece = 0;
-        while (piece < used && piece_slices[piece] != slices[i]) ++piece;
-        if (piece == used) {
-          piece_slices[used] = slices[i];
-          pieces[used] = context(slices[i]);
-          masks[used++] = Mask{};
-        }
-        masks[piece][i] = -1;
+      contexts[i] = {nullptr, lanes};
+    }
+  }
+
+  void mix_contexts(const Pattern& pattern, Range rows, T* lanes) const {
+    typedef IntVec<T> Mask;
+    const T* pieces[kLanes<T>];
+    Mask masks[kLanes<T>];
+    int64_t piece_slices[kLanes<T>];
+    int64_t used = 0;
+    for (int64_t i = 0; i < kLanes<T>; ++i) {
+      int64_t piece = 0;
+      while (piece < used && piece_slices[piece] != pattern.slices[i]) ++piece;
+      if (piece == used) {
+        piece_slices[used] = pattern.slices[i];
+        pieces[used] = context(pattern.slices[i]);
+        masks[used++] = Mask{};
       }
-      T* lanes = mixed + first * rows.count();
-      for (int64_t row = rows.begin; row < rows.end; ++row) {
-        Vec<T> value = broadcast<T>(pieces[0][row]);
-        for (int64_t piece = 1; piece < used; ++piece) {
-          value = masks[piece] ? broadcast<T>(pieces[piece][row]) : value;
-        }
-        store(lanes + (row - rows.begin) * kLanes<T>, value);
+      masks[piece][i] = -1;
+    }
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      Vec<T> value = broadcast<T>(pieces[0][row]);
+      for (int64_t piece = 1; piece < used; ++piece) {
+        value = masks[piece] ? broadcast<T>(pieces[piece][row]) : value;
       }
-      before_lanes = lanes;
-      own = {nullptr, lanes};
+      store(lanes + (row - rows.begin) * kLanes<T>, value);
     }
   }
 
@@ -346,6 +363,7 @@ class AttentionForwardPass {
     const Buffer<T> converted(converted_size());
     const Buffer<T> worker_tiles(workers_ * panels * part_rows * kWidth);
     const Buffer<LaneContext<T>> contexts(workers_ * x_vectors);
+    const Buffer<Pattern> patterns(workers_ * x_vectors);
     const LanePanel<T> x_lanes = {lanes.get(), panel_size};
     const LanePanel<T> gated_lanes = {x_lanes.data + panels * panel_size, panel_size};
     T* x_tail = tails.get();
@@ -355,6 +373,7 @@ class AttentionForwardPass {
     run_workers(parallel_, workers_, [&](Worker& worker) {
       LaneContext<T>* own_contexts = contexts.get() + worker.index() * x_vectors;
       T* own_tile = worker_tiles.get() + worker.index() * panels * part_rows * kWidth;
+      MixedContexts mixed = {patterns.get() + worker.index() * x_vectors, own_tile, x_vectors, 0};
       convert_weights(converted, worker);
       worker.share_out(x_vectors, [&](int64_t i) {
         const int64_t first = smaller(i * kLanes<T>, on_lanes.end);
@@ -372,7 +391,8 @@ class AttentionForwardPass {
       worker.share_out(parts, [&](int64_t part) {
         const Range rows = rows_of(part);
         project({0, slices_}, rows);
-        lane_contexts(on_lanes, rows, own_contexts, own_tile);
+        mixed.count = 0;
+        lane_contexts(on_lanes, rows, own_contexts, mixed);
         const LanePanel<T> own_values = {
             op_.values == nullptr ? nullptr : value_lanes.get() + rows.begin * kWidth, panel_size};
         multiply<T, LeftOperand::kRows>(
@@ -458,7 +478,8 @@ class AttentionForwardPass {
         multiply<T, LeftOperand::kRows>(
             rows.count(), tokens.count(), channels_, left, weights.out_stride, gated,
             StoreTokens<T>{target + token_offset(grid, token_position(grid, tokens.begin)),
-                           grid.stride_channel, tokens.count(), bias});
+                           grid.stride_channel, tokens.count(), bias,
+                           tokens_ * channels_ * static_cast<int64_t>(sizeof(S)) >= kFarBytes});
         return;
       }
     }
@@ -473,17 +494,37 @@ class AttentionForwardPass {
     }
   }
 
+  // True where pooling leaves x on the lanes, all of it, for the products: x is read once, which is
+  // faster than copying it by tiles while it stays in the worker's own second cache.
+  bool pools_into_lanes() const {
+    constexpr int64_t most_bytes = 1 << 19;
+    return workers_ == 1 && pools_strips_ && op_.x == op_.x_prev &&
+           same_places(op_.grid, op_.prev_grid) && op_.grid.width % kLanes<T> == 0 &&
+           tokens_ * channels_ * static_cast<int64_t>(sizeof(T)) <= most_bytes;
+  }
+  static bool same_places(const TokenGrid& a, const TokenGrid& b) {
+    return a.stride_batch == b.stride_batch && a.stride_height == b.stride_height &&
+           a.stride_width == b.stride_width && a.stride_channel == b.stride_channel;
+  }
+
   // Many tokens: workers share tiles of them, small ones where there are few.
   void run_lanes_by_tokens() {
     const int64_t lane_tile = workers_ > 1 && tokens_ < 4 * workers_ * kLanePanels * kWidth
                                   ? kWidth
                                   : kLanePanels * kWidth;
     const int64_t tiles = (tokens_ + lane_tile - 1) / lane_tile;
-    const int64_t lanes_size = 4 * kLanePanels * channels_ * kWidth;
+    const int64_t panel_size = channels_ * kWidth;
+    const int64_t lanes_size = 5 * kLanePanels * panel_size;
     const Buffer<T> lanes(workers_ * lanes_size);
+    const Buffer<Pattern> patterns(workers_ * kMostPatterns);
+    const Buffer<T> pooled_lanes(pools_into_lanes() ? panels_in<T>(tokens_) * panel_size : 0);
     const Buffer<T> converted(converted_size());
     const LaneWeights weights = lane_weights(converted);
+    pool_.lanes.data = pooled_lanes.get();
     run_workers(parallel_, workers_, [&](Worker& worker) {
+      T* scratch = lanes.get() + worker.index() * lanes_size;
+      MixedContexts mixed = {patterns.get() + worker.index() * kMostPatterns,
+                             scratch + 3 * kLanePanels * panel_size, kMostPatterns, 0};
       convert_weights(converted, worker);
       pool(worker);
       worker.wait();
@@ -492,23 +533,26 @@ class AttentionForwardPass {
           tiles,
           [&](int64_t i) {
             const int64_t first = i * lane_tile;
-            run_lane_tile({first, smaller(first + lane_tile, tokens_)}, weights,
-                          lanes.get() + worker.index() * lanes_size);
+            run_lane_tile({first, smaller(first + lane_tile, tokens_)}, weights, mixed, scratch);
           },
           Order::kBackward);
     });
   }
 
-  void run_lane_tile(Range tokens, const LaneWeights& weights, T* scratch) const {
+  void run_lane_tile(Range tokens, const LaneWeights& weights, MixedContexts& mixed,
+                     T* scratch) const {
     const int64_t panel_size = channels_ * kWidth;
-    const LanePanel<T> x_lanes = {scratch, panel_size};
-    const LanePanel<T> gated_lanes = {x_lanes.data + kLanePanels * panel_size, panel_size};
-    T* mixed = gated_lanes.data + kLanePanels * panel_size;
-    T* out_tile = mixed + kLanePanels * panel_size;
+    LanePanel<T> x_lanes = {scratch, panel_size};
+    const LanePanel<T> gated_lanes = {scratch + kLanePanels * panel_size, panel_size};
+    T* out_tile = scratch + 2 * kLanePanels * panel_size;
     LaneContext<T> contexts[kLanePanels * kPanelVectors];
-    for (int64_t i = 0; i < tokens.count(); i += kWidth) {
-      gather_channels(op_.grid, x(), tokens.begin + i, smaller(kWidth, tokens.count() - i),
-                      x_lanes.at(0, i), kWidth, kWidth);
+    if (pool_.lanes.data != nullptr) {
+      x_lanes.data = pool_.lanes.at(0, tokens.begin);
+    } else {
+      for (int64_t i = 0; i < tokens.count(); i += kWidth) {
+        gather_channels(op_.grid, x(), tokens.begin + i, smaller(kWidth, tokens.count() - i),
+                        x_lanes.at(0, i), kWidth, kWidth);
+      }
     }
     lane_contexts(tokens, {0, channels_}, contexts, mixed);
     multiply<T, LeftOperand::kRows>(

@@ -282,6 +282,7 @@ struct StoreTokens {
   T* target;
   int64_t stride, tokens;
   const T* bias;
+  bool is_far;  // in memory, not in a cache: asked for while the product is computed
 
   struct Place {
     T* at;
@@ -299,6 +300,11 @@ struct StoreTokens {
     }
   };
   SEP_ATTN_INLINE Place place(int64_t row, int64_t column) const {
+    for (int r = 0; is_far && r < kBlockRows; ++r) {
+      for (int v = 0; v < kPanelVectors; ++v) {
+        __builtin_prefetch(target + (row + r) * stride + column + v * kLanes<T>, 1);
+      }
+    }
     return {target + row * stride + column, stride, tokens - column, bias + row};
   }
 };
