@@ -3,11 +3,11 @@
 // where they are.
 #pragma once
 
-#include <cstring>
 #include <type_traits>
 
 #include "attention_pool.h"
 #include "kernels.h"
+#include "lanes.h"
 #include "micro_kernel.h"
 #include "packed_weights.h"
 #include "products.h"
@@ -52,7 +52,6 @@ class AttentionForwardPass {
   using T = Accumulate<S>;
   static constexpr int64_t kWidth = kPanelWidth<T>;
   static constexpr int64_t kLanePanels = larger(1, 64 / kWidth);  // of a tile of lanes, at most
-  static constexpr int64_t kFarBytes = 8 << 20;  // of an output that no cache holds for long
   static constexpr int64_t kMostPatterns = 2 * kLanePanels * kPanelVectors;
 
  public:
@@ -97,7 +96,7 @@ class AttentionForwardPass {
   }
 
   void run() {
-    const bool channel_major = op_.grid.stride_channel != 1 && op_.grid.stride_width == 1;
+    const bool channel_major = values_on_lanes(op_.grid);
     if (channels_ >= kLanes<T> && (channel_major ? tokens_ <= channels_ : few_tokens())) {
       run_lanes_by_rows();
     } else if (channel_major) {
@@ -118,6 +117,15 @@ class AttentionForwardPass {
   T* statistics(int64_t slice) const { return statistics() + slice * (2 * channels_ + 1); }
   T* context(int64_t slice) const { return statistics(slice) + channels_; }
   T* values() const { return static_cast<T*>(op_.values); }
+  T* kept_value(int64_t token, int64_t channel) const {
+    if (values_on_lanes(op_.grid)) {
+      return KeptLanes<T>{values(), channels_, channel, 0}.at(0, token);
+    }
+    return values() + token * channels_ + channel;
+  }
+  LaneContexts<T> lane_contexts(int64_t most, LaneSlices<T>* slices, T* mixed) const {
+    return {op_.grid, context(0), 2 * channels_ + 1, most, slices, mixed};
+  }
   const S* x() const { return static_cast<const S*>(op_.x); }
   S* out() const { return static_cast<S*>(op_.out); }
 
@@ -280,71 +288,6 @@ class AttentionForwardPass {
     });
   }
 
-  // Contexts of vectors that hold tokens of several slices, a vector of lanes a row. Few patterns
-  // of slices recur: they are kept from vector to vector, and from tile to tile.
-  struct Pattern {
-    int64_t slices[kLanes<T>];
-  };
-  struct MixedContexts {
-    Pattern* patterns;
-    T* lanes;
-    int64_t most, count;
-  };
-
-  // The context that each vector of tokens is gated by, rows [rows) only.
-  void lane_contexts(Range tokens, Range rows, LaneContext<T>* contexts,
-                     MixedContexts& mixed) const {
-    const int64_t vectors = (tokens.count() + kLanes<T> - 1) / kLanes<T>;
-    if (mixed.count + vectors > mixed.most) mixed.count = 0;
-    for (int64_t i = 0; i < vectors; ++i) {
-      const int64_t first = i * kLanes<T>;
-      const int64_t count = smaller(kLanes<T>, tokens.count() - first);
-      TokenWalk walk(op_.grid, tokens.begin + first);
-      if (walk.run() >= count) {
-        contexts[i] = {context(walk.slice()) + rows.begin, nullptr};
-        continue;
-      }
-      Pattern& wanted = mixed.patterns[mixed.count];
-      for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
-        wanted.slices[lane] = lane < count ? walk.slice() : wanted.slices[0];
-        if (lane < count) walk.next();
-      }
-      int64_t found = 0;
-      while (std::memcmp(&mixed.patterns[found], &wanted, sizeof(Pattern)) != 0) ++found;
-      T* lanes = mixed.lanes + found * rows.count() * kLanes<T>;
-      if (found == mixed.count) {
-        mix_contexts(wanted, rows, lanes);
-        ++mixed.count;
-      }
-      contexts[i] = {nullptr, lanes};
-    }
-  }
-
-  void mix_contexts(const Pattern& pattern, Range rows, T* lanes) const {
-    typedef IntVec<T> Mask;
-    const T* pieces[kLanes<T>];
-    Mask masks[kLanes<T>];
-    int64_t piece_slices[kLanes<T>];
-    int64_t used = 0;
-    for (int64_t i = 0; i < kLanes<T>; ++i) {
-      int64_t piece = 0;
-      while (piece < used && piece_slices[piece] != pattern.slices[i]) ++piece;
-      if (piece == used) {
-        piece_slices[used] = pattern.slices[i];
-        pieces[used] = context(pattern.slices[i]);
-        masks[used++] = Mask{};
-      }
-      masks[piece][i] = -1;
-    }
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      Vec<T> value = broadcast<T>(pieces[0][row]);
-      for (int64_t piece = 1; piece < used; ++piece) {
-        value = masks[piece] ? broadcast<T>(pieces[piece][row]) : value;
-      }
-      store(lanes + (row - rows.begin) * kLanes<T>, value);
-    }
-  }
-
   // Few tokens: workers share the rows of the weights, all tokens at once. A tail that would leave
   // most lanes of its vector empty is kept as rows, whose channels fill the lanes instead.
   void run_lanes_by_rows() {
@@ -359,11 +302,12 @@ class AttentionForwardPass {
     const int64_t x_vectors = panels * kPanelVectors;
     const Buffer<T> lanes(2 * panels * panel_size);
     const Buffer<T> tails(2 * tail.count() * padded_);
-    const Buffer<T> value_lanes(op_.values == nullptr ? 0 : panels * panel_size);
+    const bool moves_values = op_.values != nullptr && !values_on_lanes(op_.grid);
+    const Buffer<T> value_lanes(moves_values ? round_up(tokens_, kValuesWidth) * channels_ : 0);
     const Buffer<T> converted(converted_size());
     const Buffer<T> worker_tiles(workers_ * panels * part_rows * kWidth);
     const Buffer<LaneContext<T>> contexts(workers_ * x_vectors);
-    const Buffer<Pattern> patterns(workers_ * x_vectors);
+    const Buffer<LaneSlices<T>> slices(workers_ * x_vectors);
     const LanePanel<T> x_lanes = {lanes.get(), panel_size};
     const LanePanel<T> gated_lanes = {x_lanes.data + panels * panel_size, panel_size};
     T* x_tail = tails.get();
@@ -373,7 +317,8 @@ class AttentionForwardPass {
     run_workers(parallel_, workers_, [&](Worker& worker) {
       LaneContext<T>* own_contexts = contexts.get() + worker.index() * x_vectors;
       T* own_tile = worker_tiles.get() + worker.index() * panels * part_rows * kWidth;
-      MixedContexts mixed = {patterns.get() + worker.index() * x_vectors, own_tile, x_vectors, 0};
+      LaneContexts<T> find_contexts =
+          lane_contexts(x_vectors, slices.get() + worker.index() * x_vectors, own_tile);
       convert_weights(converted, worker);
       worker.share_out(x_vectors, [&](int64_t i) {
         const int64_t first = smaller(i * kLanes<T>, on_lanes.end);
@@ -391,10 +336,10 @@ class AttentionForwardPass {
       worker.share_out(parts, [&](int64_t part) {
         const Range rows = rows_of(part);
         project({0, slices_}, rows);
-        mixed.count = 0;
-        lane_contexts(on_lanes, rows, own_contexts, mixed);
-        const LanePanel<T> own_values = {
-            op_.values == nullptr ? nullptr : value_lanes.get() + rows.begin * kWidth, panel_size};
+        find_contexts.forget();
+        find_contexts.find(on_lanes, rows, own_contexts);
+        const KeptLanes<T> own_values = {
+            value_lanes.get() != nullptr ? value_lanes.get() : values(), channels_, rows.begin, 0};
         multiply<T, LeftOperand::kRows>(
             rows.count(), on_lanes.count(), channels_,
             weights.value + rows.begin * weights.value_stride, weights.value_stride,
@@ -403,7 +348,7 @@ class AttentionForwardPass {
                                             value_bias() + rows.begin,
                                             own_contexts,
                                             own_values});
-        if (op_.values != nullptr) store_values(on_lanes, rows, own_values);
+        if (value_lanes.get() != nullptr) store_values(on_lanes, rows, own_values);
         gate_tail(tail, rows, weights, x_tail, gated_tail);
       });
       worker.wait();
@@ -427,7 +372,7 @@ class AttentionForwardPass {
                   channels_, sums);
       for (int64_t t = 0; t < tail.count(); ++t) {
         const T value = sums[t] + value_bias()[row];
-        if (op_.values != nullptr) values()[(tail.begin + t) * channels_ + row] = value;
+        if (op_.values != nullptr) *kept_value(tail.begin + t, row) = value;
         const bool off = kActivation == Activation::kRelu && value < 0;  // keeps NaN
         gated_tail[t * padded_ + row] = (off ? T{0} : value) * own_contexts[t][row];
       }
@@ -452,46 +397,22 @@ class AttentionForwardPass {
     }
   }
 
-  // Rows of the values, tokens on lanes, to where they are kept for the backward pass.
-  void store_values(Range tokens, Range rows, LanePanel<T> lanes) const {
-    for (int64_t first = 0; first < tokens.count(); first += kWidth) {
-      copy_matrix(lanes.at(0, first), kWidth, int64_t{1}, rows.count(),
-                  smaller(kWidth, tokens.count() - first),
-                  values() + (tokens.begin + first) * channels_ + rows.begin, int64_t{1},
-                  channels_);
+  // Rows of the values, tokens on lanes, to rows of tokens.
+  void store_values(Range tokens, Range rows, KeptLanes<T> lanes) const {
+    for (int64_t first = 0; first < tokens.count(); first += kValuesWidth) {
+      copy_matrix(lanes.at(0, first), kValuesWidth, int64_t{1}, rows.count(),
+                  smaller(kValuesWidth, tokens.count() - first),
+                  kept_value(tokens.begin + first, rows.begin), int64_t{1}, channels_);
     }
   }
 
   // The output product for some rows of W_O and the tokens of some panels.
   void store_out_rows(Range tokens, Range rows, const LaneWeights& weights, Panels<T> gated,
                       T* out_tile) const {
-    const T* left = weights.out + rows.begin * weights.out_stride;
-    const T* bias = out_bias() + rows.begin;
-    const TokenGrid& grid = op_.out_grid;
-    TokenGrid own_channels = grid;
-    own_channels.channels = rows.count();
-    S* target = out() + rows.begin * grid.stride_channel;
-    int64_t runs = 0;
-    for_each_run(grid, tokens.begin, tokens.count(), [&](int64_t, int64_t, int64_t) { ++runs; });
-    if constexpr (std::is_same<S, T>::value) {
-      if (grid.stride_width == 1 && runs == 1) {
-        multiply<T, LeftOperand::kRows>(
-            rows.count(), tokens.count(), channels_, left, weights.out_stride, gated,
-            StoreTokens<T>{target + token_offset(grid, token_position(grid, tokens.begin)),
-                           grid.stride_channel, tokens.count(), bias,
-                           tokens_ * channels_ * static_cast<int64_t>(sizeof(S)) >= kFarBytes});
-        return;
-      }
-    }
-    const int64_t panel_size = rows.count() * kWidth;
-    multiply<T, LeftOperand::kRows>(rows.count(), tokens.count(), channels_, left,
-                                    weights.out_stride, gated,
-                                    StoreLanes<T>{{out_tile, panel_size}, bias});
-    for (int64_t first = 0; first < tokens.count(); first += kWidth) {
-      scatter_channels(own_channels, target, tokens.begin + first,
-                       smaller(kWidth, tokens.count() - first),
-                       out_tile + first / kWidth * panel_size, kWidth);
-    }
+    multiply_into_tokens<LeftOperand::kRows>(
+        op_.out_grid, out() + rows.begin * op_.out_grid.stride_channel, tokens, rows.count(),
+        channels_, weights.out + rows.begin * weights.out_stride, weights.out_stride, gated,
+        out_bias() + rows.begin, out_tile);
   }
 
   // True where pooling leaves x on the lanes, all of it, for the products: x is read once, which is
@@ -516,15 +437,16 @@ class AttentionForwardPass {
     const int64_t panel_size = channels_ * kWidth;
     const int64_t lanes_size = 5 * kLanePanels * panel_size;
     const Buffer<T> lanes(workers_ * lanes_size);
-    const Buffer<Pattern> patterns(workers_ * kMostPatterns);
+    const Buffer<LaneSlices<T>> slices(workers_ * kMostPatterns);
     const Buffer<T> pooled_lanes(pools_into_lanes() ? panels_in<T>(tokens_) * panel_size : 0);
     const Buffer<T> converted(converted_size());
     const LaneWeights weights = lane_weights(converted);
     pool_.lanes.data = pooled_lanes.get();
     run_workers(parallel_, workers_, [&](Worker& worker) {
       T* scratch = lanes.get() + worker.index() * lanes_size;
-      MixedContexts mixed = {patterns.get() + worker.index() * kMostPatterns,
-                             scratch + 3 * kLanePanels * panel_size, kMostPatterns, 0};
+      LaneContexts<T> contexts =
+          lane_contexts(kMostPatterns, slices.get() + worker.index() * kMostPatterns,
+                        scratch + 3 * kLanePanels * panel_size);
       convert_weights(converted, worker);
       pool(worker);
       worker.wait();
@@ -533,13 +455,13 @@ class AttentionForwardPass {
           tiles,
           [&](int64_t i) {
             const int64_t first = i * lane_tile;
-            run_lane_tile({first, smaller(first + lane_tile, tokens_)}, weights, mixed, scratch);
+            run_lane_tile({first, smaller(first + lane_tile, tokens_)}, weights, contexts, scratch);
           },
           Order::kBackward);
     });
   }
 
-  void run_lane_tile(Range tokens, const LaneWeights& weights, MixedContexts& mixed,
+  void run_lane_tile(Range tokens, const LaneWeights& weights, LaneContexts<T>& find_contexts,
                      T* scratch) const {
     const int64_t panel_size = channels_ * kWidth;
     LanePanel<T> x_lanes = {scratch, panel_size};
@@ -554,15 +476,12 @@ class AttentionForwardPass {
                         x_lanes.at(0, i), kWidth, kWidth);
       }
     }
-    lane_contexts(tokens, {0, channels_}, contexts, mixed);
+    find_contexts.find(tokens, {0, channels_}, contexts);
     multiply<T, LeftOperand::kRows>(
         channels_, tokens.count(), channels_, weights.value, weights.value_stride,
         Panels<T>{x_lanes.data, panel_size, kWidth},
-        StoreGatedLanes<T, kActivation>{gated_lanes,
-                                        value_bias(),
-                                        contexts,
-                                        {op_.values == nullptr ? nullptr : out_tile, panel_size}});
-    if (op_.values != nullptr) store_values(tokens, {0, channels_}, {out_tile, panel_size});
+        StoreGatedLanes<T, kActivation>{
+            gated_lanes, value_bias(), contexts, {values(), channels_, 0, tokens.begin}});
     store_out_rows(tokens, {0, channels_}, weights, Panels<T>{gated_lanes.data, panel_size, kWidth},
                    out_tile);
   }
