@@ -65,12 +65,14 @@ class AttentionBackwardPass {
         on_lanes_(op.values != nullptr && op.values_on_lanes),
         unit_(on_lanes_ ? kLaneUnit : 1),
         units_((tokens_ + unit_ - 1) / unit_),
-        whole_((op.grad_qkv_weight || op.grad_out_weight) && tokens_ <= channels_ &&
+        by_rows_(on_lanes_ && tokens_ <= channels_),
+        whole_(!on_lanes_ && (op.grad_qkv_weight || op.grad_out_weight) && tokens_ <= channels_ &&
                (workers_ > 1 || tokens_ > kTileRows)),
-        parts_(larger(
-            1,
-            smaller(units_, parts_in(tokens_, whole_ ? 2 * kBlockRows : 4 * larger(64, channels_),
-                                     workers_)))),
+        parts_(by_rows_ ? 1
+                        : larger(1, smaller(units_, parts_in(tokens_,
+                                                             whole_ ? 2 * kBlockRows
+                                                                    : 4 * larger(64, channels_),
+                                                             workers_)))),
         pools_strips_(pool_strips()),
         pool_parts_(parts_in(prev_tokens_, 64, workers_)),
         in_place_weights_(!kHalf && channels_ % kLanes<T> == 0 && channels_ <= kMostInPlace),
@@ -79,12 +81,12 @@ class AttentionBackwardPass {
         vectors_(4 * padded_),
         packed_((!in_place_weights_ ? 4 : (op.values == nullptr ? 1 : 0)) * panels_ * panel_size_),
         first_sum_in_place_(!kHalf && channels_ == padded_),
-        weight_sums_((op.grad_qkv_weight || op.grad_out_weight) && !whole_
+        weight_sums_((op.grad_qkv_weight || op.grad_out_weight) && !by_rows_ && !whole_
                          ? (parts_ - first_sum_in_place_) * 2 * channels_ * padded_
                          : 0),
         whole_lane_stride_(round_up(tokens_, kLanes<T>) + kLanes<T>),
         whole_size_(larger(tokens_ * tile_stride_, channels_ * whole_lane_stride_)),
-        whole_operands_(whole_ ? kOperands * whole_size_ : 0),
+        whole_operands_(by_rows_ || whole_ ? kOperands * whole_size_ : 0),
         bias_sums_(parts_ * 2 * padded_),
         score_sums_(score_parts() * (padded_ + kLanes<T>)),
         context_sums_(parts_),
@@ -114,8 +116,12 @@ class AttentionBackwardPass {
         pack_weights(static_cast<Weight>(i / panels_), i % panels_);
       });
       worker.wait();
-      worker.share_out(parts_, [&](int64_t part) { value_path(part, scratch); });
-      worker.wait();
+      if (by_rows_) {
+        value_path_by_rows(worker, scratch);
+      } else {
+        worker.share_out(parts_, [&](int64_t part) { value_path(part, scratch); });
+        worker.wait();
+      }
       if (whole_) {
         worker.share_out(2 * weight_groups(), [&](int64_t item) { multiply_whole(item); });
       }
@@ -129,13 +135,17 @@ class AttentionBackwardPass {
       if (!pools) return;
       worker.share_out(slices_, [&](int64_t slice) { sum_score_gradient(slice); });
       worker.wait();
-      worker.share_out(score_parts(), [&](int64_t part) {
-        if (pools_strips_) {
-          pool_strip_path(part, scratch);
-        } else {
-          pool_path(part, scratch);
-        }
-      });
+      // The last tokens of the value path are in cache.
+      worker.share_out(
+          score_parts(),
+          [&](int64_t part) {
+            if (pools_strips_) {
+              pool_strip_path(part, scratch);
+            } else {
+              pool_path(part, scratch);
+            }
+          },
+          Order::kBackward);
       worker.wait();
       worker.share_out(1, [&](int64_t) { finish_scores(); });
     });
@@ -260,14 +270,17 @@ class AttentionBackwardPass {
 
   // ---- The value path, tile by tile ----
 
-  void value_path(int64_t part, T* scratch) const {
+  void clear_sums(int64_t part) const {
     for (int64_t d = 0; d < 2 * padded_; ++d) value_bias_sum(part)[d] = 0;
     const int64_t own_slices = images_of(part).count() * image_slices_;
     for (int64_t i = 0; i < own_slices * padded_; ++i) context_sums_[part][i] = 0;
+  }
+
+  void value_path(int64_t part, T* scratch) const {
+    clear_sums(part);
     const Range own = tokens_of(part);
-    if (on_lanes_) {
-      value_path_on_lanes(part, own, scratch);
-      return;
+    if constexpr (!kHalf) {
+      if (on_lanes_) return value_path_on_lanes(part, own, scratch);
     }
     const Tiles tiles(own);
     for (int64_t i = 0; i < tiles.count; ++i) value_tile(part, tiles[i], i == 0, scratch);
@@ -354,19 +367,12 @@ class AttentionBackwardPass {
     if (of_values) target += (1 + channels_) * channels_;
     const Rows<const T> right = of_values ? whole_rows(kX, op_.grid, op_.x)
                                           : Rows<const T>{whole_operand(kGated), tile_stride_};
-    const Panels<T> operand{right.data, kWidth, right.stride};
-    const StoreResult<S> result{target + own.begin * channels_, channels_, channels_};
-    if (on_lanes_) {
-      const T* left = whole_operand(of_values ? kGradValues : kGradOut);
-      multiply<T, LeftOperand::kRows>(own.count(), channels_, tokens_,
-                                      left + own.begin * whole_lane_stride_, whole_lane_stride_,
-                                      operand, result);
-      return;
-    }
     const Rows<const T> left = of_values ? Rows<const T>{whole_operand(kGradValues), tile_stride_}
                                          : whole_rows(kGradOut, op_.grad_out_grid, op_.grad_out);
-    multiply<T, LeftOperand::kColumns>(own.count(), channels_, tokens_, left.data + own.begin,
-                                       left.stride, operand, result);
+    multiply<T, LeftOperand::kColumns>(
+        own.count(), channels_, tokens_, left.data + own.begin, left.stride,
+        Panels<T>{right.data, kWidth, right.stride},
+        StoreResult<S>{target + own.begin * channels_, channels_, channels_});
   }
 
   // dx = dv W_V
@@ -396,70 +402,155 @@ class AttentionBackwardPass {
 
   // ---- The same with tokens on the lanes; the weights' gradients take x and y as rows ----
 
+  static constexpr int64_t kMostPatterns = kLaneTileVectors<T> + 8;
+
+  // Calls body(contexts), with room for the contexts of `rows` rows.
+  template <typename Body>
+  void with_contexts(int64_t rows, const Body& body) const {
+    const Buffer<T> mixed(slices_ > 1 ? kMostPatterns * rows * kLanes<T> : 0);
+    LaneSlices<T> slices[kMostPatterns];
+    LaneContexts<T> contexts(op_.grid, statistics(0) + channels_, 2 * channels_ + 1, kMostPatterns,
+                             slices, mixed.get());
+    body(contexts);
+  }
+
   void value_path_on_lanes(int64_t part, Range tokens, T* scratch) const {
-    if constexpr (!kHalf) {
-      constexpr int64_t most_patterns = kLaneTileVectors<T> + 8;
-      const bool mixes = op_.grid.patch_h * op_.grid.patch_w * op_.grid.batch > 1;
-      const Buffer<T> mixed(mixes ? most_patterns * channels_ * kLanes<T> : 0);
-      LaneSlices<T> slices[most_patterns];
-      LaneContexts<T> contexts(op_.grid, statistics(0) + channels_, 2 * channels_ + 1,
-                               most_patterns, slices, mixed.get());
+    with_contexts(channels_, [&](LaneContexts<T>& contexts) {
       for (int64_t first = tokens.begin; first < tokens.end; first += kLaneTile) {
         value_tile_on_lanes(part, {first, smaller(first + kLaneTile, tokens.end)},
                             first == tokens.begin, contexts, scratch);
       }
-    }
+    });
   }
 
   void value_tile_on_lanes(int64_t part, Range tokens, bool is_first, LaneContexts<T>& contexts,
                            T* scratch) const {
-    const int64_t first = tokens.begin;
     const int64_t count = tokens.count();
-    const int64_t stride = whole_ ? whole_lane_stride_ : lane_stride_;
     const auto tile = [&](Operand operand) { return scratch + operand * tile_size_; };
-    const auto rows = [&](Operand operand) {
-      return whole_ ? whole_operand(operand) + first * tile_stride_ : tile(operand);
-    };
-    const auto lanes = [&](Operand operand) {
-      return whole_ ? whole_operand(operand) + first : tile(operand);
-    };
-    T* g = lanes(kGradOut);
-    T* dv = lanes(kGradValues);  // dy at first
-    T* y = rows(kGated);
-    gather_channels(op_.grad_out_grid, static_cast<const T*>(op_.grad_out), first, count, g, stride,
-                    round_up(count, kLanes<T>));
+    T* y = tile(kGated);
+    const Rows<T> g = {tile(kGradOut), lane_stride_};
+    const Rows<T> dv = {tile(kGradValues), lane_stride_};  // dy at first
+    gather_grad_out(tokens, g);
     multiply<T, LeftOperand::kColumns>(channels_, count, channels_, out_weight_.row(0),
-                                       out_weight_.stride(), Panels<T>{g, kWidth, stride},
-                                       StoreSum<T>{dv, stride});
-    LaneContext<T> own_contexts[kLaneTileVectors<T>];
-    contexts.find(tokens, {0, channels_}, own_contexts);
-    const LaneTile<T> lane_tile = {
-        count,       channels_,    {static_cast<const T*>(op_.values), channels_, 0, first},
-        {g, stride}, {dv, stride}, own_contexts};
-    gate_backward_lanes<T, kActivation>(
-        lane_tile, {y, tile_stride_}, tile(kOperands),
-        [&](int64_t slice, int64_t row, Vec<T> sum) {
-          T* own = context_sum(part, slice) + row;
-          store(own, load(own) + sum);
-        },
-        value_bias_sum(part), out_bias_sum(part));
+                                       out_weight_.stride(), Panels<T>{g.data, kWidth, g.stride},
+                                       StoreSum<T>{dv.data, dv.stride});
+    gate_lanes(part, tokens, {0, channels_}, contexts, g, dv, y, tile(kOperands));
     if (op_.grad_qkv_weight != nullptr) {
-      const Rows<const T> x = padded_rows(op_.grid, op_.x, tokens, rows(kX));
-      if (!whole_) {
-        add_outer_product<LeftOperand::kRows>({dv, stride}, x, count, is_first,
-                                              value_weight_sum(part));
-      }
+      const Rows<const T> x = padded_rows(op_.grid, op_.x, tokens, tile(kX));
+      add_outer_product<LeftOperand::kRows>({dv.data, dv.stride}, x, count, is_first,
+                                            value_weight_sum(part));
     }
-    if (op_.grad_out_weight != nullptr && !whole_) {
-      add_outer_product<LeftOperand::kRows>({g, stride}, {y, tile_stride_}, count, is_first,
+    if (op_.grad_out_weight != nullptr) {
+      add_outer_product<LeftOperand::kRows>({g.data, g.stride}, {y, tile_stride_}, count, is_first,
                                             out_weight_sum(part));
     }
-    if (op_.grad_x != nullptr) {
-      multiply_into_tokens<LeftOperand::kColumns>(
-          op_.grad_x_grid, static_cast<T*>(op_.grad_x), tokens, channels_, channels_,
-          qkv_weight_.row(1 + channels_), qkv_weight_.stride(), Panels<T>{dv, kWidth, stride},
-          zeros(), tile(kOperands));
+    if (op_.grad_x != nullptr) store_lanes_gradient(tokens, {0, channels_}, dv, tile(kOperands));
+  }
+
+  void gather_grad_out(Range tokens, Rows<T> g) const {
+    gather_channels(op_.grad_out_grid, static_cast<const T*>(op_.grad_out), tokens.begin,
+                    tokens.count(), g.data, g.stride, round_up(tokens.count(), kLanes<T>));
+  }
+
+  // The gate's backward pass for some channels of a tile; g, dv and y begin at its first token and
+  // channel 0.
+  void gate_lanes(int64_t part, Range tokens, Range rows, LaneContexts<T>& contexts, Rows<T> g,
+                  Rows<T> dv, T* y, T* block) const {
+    LaneContext<T> own_contexts[kLaneTileVectors<T>];
+    contexts.find(tokens, rows, own_contexts);
+    const LaneTile<T> tile = {
+        tokens.count(),
+        rows.count(),
+        {static_cast<const T*>(op_.values), channels_, rows.begin, tokens.begin},
+        {g.data + rows.begin * g.stride, g.stride},
+        {dv.data + rows.begin * dv.stride, dv.stride},
+        own_contexts};
+    gate_backward_lanes<T, kActivation>(
+        tile, {y + rows.begin, tile_stride_}, block,
+        [&](int64_t slice, int64_t row, Vec<T> sum) {
+          T* own = context_sum(part, slice) + rows.begin + row;
+          store(own, load(own) + sum);
+        },
+        value_bias_sum(part) + rows.begin, out_bias_sum(part) + rows.begin);
+  }
+
+  // dx = dv W_V, some channels of it.
+  void store_lanes_gradient(Range tokens, Range rows, Rows<T> dv, T* tile) const {
+    const TokenGrid& grid = op_.grad_x_grid;
+    multiply_into_tokens<LeftOperand::kColumns>(
+        grid, static_cast<T*>(op_.grad_x) + rows.begin * grid.stride_channel, tokens, rows.count(),
+        channels_, qkv_weight_.row(1 + channels_) + rows.begin, qkv_weight_.stride(),
+        Panels<T>{dv.data, kWidth, dv.stride}, zeros(), tile);
+  }
+
+  // ---- The same for few tokens: the workers share channels, and read every weight once ----
+
+  int64_t row_groups() const {
+    return smaller(channels_ / kLaneUnit, workers_ == 1 ? 1 : 2 * workers_);
+  }
+  Range rows_of(int64_t group) const {
+    const Range units = share(channels_ / kLaneUnit, group, row_groups());
+    return {units.begin * kLaneUnit, units.end * kLaneUnit};
+  }
+  Rows<T> whole_lanes(Operand operand) const {
+    return {whole_operand(operand), whole_lane_stride_};
+  }
+
+  void value_path_by_rows(Worker& worker, T* scratch) const {
+    if constexpr (!kHalf) {
+      T* tile = scratch + kOperands * tile_size_;
+      worker.share_out(units_, [&](int64_t unit) { gather_unit(unit); });
+      worker.share_out(1, [&](int64_t part) { clear_sums(part); });
+      worker.wait();
+      worker.share_out(row_groups(), [&](int64_t group) { gate_rows(group, tile); });
+      worker.wait();
+      worker.share_out(kRowGradients * row_groups(), [&](int64_t item) {
+        multiply_rows_of(static_cast<RowGradient>(item / row_groups()), item % row_groups(), tile);
+      });
     }
+  }
+
+  void gather_unit(int64_t unit) const {
+    const Range tokens = {unit * unit_, smaller((unit + 1) * unit_, tokens_)};
+    gather_grad_out(tokens, {whole_operand(kGradOut) + tokens.begin, whole_lane_stride_});
+    if (op_.grad_qkv_weight == nullptr) return;
+    gather_tokens(op_.grid, static_cast<const S*>(op_.x), tokens.begin, tokens.count(),
+                  whole_operand(kX) + tokens.begin * tile_stride_, tile_stride_, padded_);
+  }
+
+  void gate_rows(int64_t group, T* block) const {
+    const Range rows = rows_of(group);
+    const Rows<T> g = whole_lanes(kGradOut), dv = whole_lanes(kGradValues);
+    multiply<T, LeftOperand::kColumns>(rows.count(), tokens_, channels_,
+                                       out_weight_.row(0) + rows.begin, out_weight_.stride(),
+                                       Panels<T>{g.data, kWidth, g.stride},
+                                       StoreSum<T>{dv.data + rows.begin * dv.stride, dv.stride});
+    with_contexts(rows.count(), [&](LaneContexts<T>& contexts) {
+      for (int64_t first = 0; first < tokens_; first += kLaneTile) {
+        gate_lanes(0, {first, smaller(first + kLaneTile, tokens_)}, rows, contexts,
+                   {g.data + first, g.stride}, {dv.data + first, dv.stride},
+                   whole_operand(kGated) + first * tile_stride_, block);
+      }
+    });
+  }
+
+  enum RowGradient { kGradX, kGradValueWeight, kGradOutWeight, kRowGradients };
+  void multiply_rows_of(RowGradient gradient, int64_t group, T* tile) const {
+    const Range rows = rows_of(group);
+    if (gradient == kGradX) {
+      if (op_.grad_x == nullptr) return;
+      store_lanes_gradient({0, tokens_}, rows, whole_lanes(kGradValues), tile);
+      return;
+    }
+    const bool of_values = gradient == kGradValueWeight;
+    S* target = static_cast<S*>(of_values ? op_.grad_qkv_weight : op_.grad_out_weight);
+    if (target == nullptr) return;
+    const Rows<T> left = whole_lanes(of_values ? kGradValues : kGradOut);
+    multiply<T, LeftOperand::kRows>(
+        rows.count(), channels_, tokens_, left.data + rows.begin * left.stride, left.stride,
+        Panels<T>{whole_operand(of_values ? kX : kGated), kWidth, tile_stride_},
+        StoreResult<S>{target + ((of_values ? 1 + channels_ : 0) + rows.begin) * channels_,
+                       channels_, channels_});
   }
 
   // ---- Sums over the workers, in their order ----
@@ -540,7 +631,7 @@ class AttentionBackwardPass {
 
   template <typename Sums>
   void sum_weight_rows(Range own, const Sums& sums, S* target) const {
-    if (whole_ || (first_sum_in_place_ && parts_ == 1)) return;
+    if (by_rows_ || whole_ || (first_sum_in_place_ && parts_ == 1)) return;
     const StoreResult<S> result = {target, channels_, channels_};
     for (int64_t row = own.begin; row < own.end; ++row) {
       for (int64_t d = 0; d < channels_; d += kLanes<T>) {
@@ -572,8 +663,8 @@ class AttentionBackwardPass {
   void pool_path(int64_t part, T* scratch) const {
     const Range range = share(prev_tokens_, part, pool_parts_);
     for (int64_t d = 0; d < padded_ + kLanes<T>; ++d) score_weight_sum(part)[d] = 0;
-    for (int64_t first = range.begin; first < range.end; first += kTileRows) {
-      pool_tile(part, {first, smaller(first + kTileRows, range.end)}, scratch);
+    for (int64_t end = range.end; end > range.begin; end -= kTileRows) {
+      pool_tile(part, {larger(range.begin, end - kTileRows), end}, scratch);
     }
   }
 
@@ -689,7 +780,8 @@ class AttentionBackwardPass {
     const int64_t strip_index = part / strip_segments();
     const Range range = share(strip.vectors, part % strip_segments(), strip_segments());
     const int64_t first_slice = strip_index * grid.patch_w;
-    T* directions = scratch;                   // [channels, lanes]: dxbar of each lane's slice
+    const T* of_slices = grad_pooled() + first_slice * padded_;  // dxbar of the strip's slices
+    T* directions = scratch;                   // [channels, lanes]: that of each lane's slice
     T* sums = directions + channels_ * lanes;  // [channels, lanes]: of dw_I
     const StripCopy<T, kVectors> copy(sums + channels_ * lanes);  // x'
     alignas(64) T biases[lanes], score_sums[lanes], values[lanes];
@@ -698,11 +790,17 @@ class AttentionBackwardPass {
       biases[i] = key_bias_product(slice);
       score_sums[i] = score_sum(slice);
     }
+    IntVec<T> of_column[lanes];  // the lanes of each slice
+    for (int64_t px = 0; px < grid.patch_w; ++px) {
+      for (int64_t i = 0; i < lanes; ++i) of_column[px][i] = i % grid.patch_w == px ? -1 : 0;
+    }
     for (int64_t d = 0; d < channels_; ++d) {
       store(sums + d * lanes, zero<T>());
-      for (int64_t i = 0; i < lanes; ++i) {
-        directions[d * lanes + i] = grad_pooled()[(first_slice + i % grid.patch_w) * padded_ + d];
+      Vec<T> direction = broadcast<T>(of_slices[d]);
+      for (int64_t px = 1; px < grid.patch_w; ++px) {
+        direction = of_column[px] ? broadcast<T>(of_slices[px * padded_ + d]) : direction;
       }
+      store(directions + d * lanes, direction);
     }
     Vec<T> bias_sum = zero<T>();
     const auto weights = contiguous_values<const void>(grid, op_.weights);
@@ -760,7 +858,7 @@ class AttentionBackwardPass {
         weight[v] = p != zero<T>() ? weight[v] : zero<T>();
       }
       for (int64_t d = 0; d < channels_; ++d) {
-        const Vec<T> direction = load(directions + d * lanes);
+        const Vec<T> direction = direction_of(d);
         const Vec<T> score_weight_lanes = broadcast<T>(score_weight()[d]);
         Vec<T> sum = zero<T>();
         SEP_ATTN_UNROLL
@@ -781,7 +879,13 @@ class AttentionBackwardPass {
       }
     }
     T* result = score_weight_sum(part);
-    for (int64_t d = 0; d < channels_; ++d) result[d] = reduce_sum<T>(load(sums + d * lanes));
+    for (int64_t d = 0; d < channels_; d += lanes) {
+      const int64_t count = smaller(lanes, channels_ - d);
+      Vec<T> rows[lanes];
+      for (int64_t i = 0; i < lanes; ++i)
+        rows[i] = load(sums + (d + smaller(i, count - 1)) * lanes);
+      store_first(result + d, reduce_sums<T>(rows), count);
+    }
     score_bias_sum(part) = reduce_sum<T>(bias_sum);
   }
 
@@ -810,7 +914,7 @@ class AttentionBackwardPass {
   const int64_t panels_, panel_size_, workers_;
   const bool on_lanes_;
   const int64_t unit_, units_;  // tokens are cut into parts at multiples of a unit
-  const bool whole_;
+  const bool by_rows_, whole_;
   const int64_t parts_;
   const bool pools_strips_;
   const int64_t pool_parts_;

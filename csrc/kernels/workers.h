@@ -28,7 +28,7 @@ class Team {
 
  private:
   friend class Worker;
-  static constexpr int64_t kMostSteps = 10;
+  static constexpr int64_t kMostSteps = 12;
   struct alignas(64) Counter {
     std::atomic<int64_t> value{0};
   };
