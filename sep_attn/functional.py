@@ -178,26 +178,22 @@ def shortest_way(
     try:
         qkv_weight, qkv_bias = qkv_proj["weight"], qkv_proj["bias"]
         out_weight, out_bias = out_proj["weight"], out_proj["bias"]
-        if differentiated:
+        tensors = (x, qkv_weight, qkv_bias, out_weight, out_bias)
+        if differentiated and (qkv_weight.requires_grad or _differentiated(tensors)):
             if (
                 type(qkv_weight) is not Parameter
                 or type(out_weight) is not Parameter
-                or not (x.requires_grad or qkv_weight.requires_grad or out_weight.requires_grad)
                 or x.numel() == 0
                 or (patch_size is not None and x.dim() == 3)
             ):
                 return None
             patch_h, patch_w = patch_size or default_patch_size(x)
-            tensors = (x, qkv_weight, qkv_bias, out_weight, out_bias)
             return ops.self_attention(*tensors, value_act, patch_h, patch_w)
-        assert packed is not None
+        if packed is None:
+            return None
         patch_h, patch_w = patch_size or (0, 0)
         return ops.separable_attention_packed(
-            x,
-            qkv_weight,
-            qkv_bias,
-            out_weight,
-            out_bias,
+            *tensors,
             packed.memory if packed.memory is not None else packed.allocate(qkv_weight),
             value_act == "relu",
             patch_h,

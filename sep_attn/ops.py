@@ -566,14 +566,18 @@ class _SelfAttention(torch.autograd.Function):
         grad_x, _, grad_qkv_weight, grad_qkv_bias, grad_out_weight, grad_out_bias = grads
         return (
             grad_x if needed[0] else None,
-            grad_qkv_weight.view(qkv_weight.shape) if needed[1] else None,
+            _shaped_as(qkv_weight, grad_qkv_weight) if needed[1] else None,
             grad_qkv_bias if needed[2] else None,
-            grad_out_weight.view(out_weight.shape) if needed[3] else None,
+            _shaped_as(out_weight, grad_out_weight) if needed[3] else None,
             grad_out_bias if needed[4] else None,
             None,
             None,
             None,
         )
+
+
+def _shaped_as(weight: Tensor, grad: Tensor) -> Tensor:
+    return grad if weight.dim() == 2 else grad.view(weight.shape)  # that of a 1 x 1 convolution
 
 
 # x, qkv_weight, qkv_bias, out_weight, out_bias, act, patch_h, patch_w -> out

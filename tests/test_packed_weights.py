@@ -233,6 +233,15 @@ def test_nothing_is_kept_in_training(kind: str) -> None:
 
 
 @each_kind
+def test_a_frozen_layer_keeps_its_weights_with_gradients_enabled_too(kind: str) -> None:
+    layer, x = KINDS[kind]().requires_grad_(False), make_tokens(kind=kind)
+    out = layer(x)
+    assert packed_memory(layer) is not None and not out.requires_grad
+    assert torch.equal(out, fresh(layer, x))
+    assert layer(x.requires_grad_()).requires_grad  # the input's
+
+
+@each_kind
 @torch.no_grad()
 def test_gradients_take_the_long_way(kind: str) -> None:
     layer, x = KINDS[kind](), make_tokens(kind=kind)
