@@ -51,7 +51,7 @@ template <typename S, Activation kActivation>
 class AttentionForwardPass {
   using T = Accumulate<S>;
   static constexpr int64_t kWidth = kPanelWidth<T>;
-  static constexpr int64_t kLanePanels = larger(1, 64 / kWidth);  // of a tile of lanes, at most
+  static constexpr int64_t kLanePanels = larger(1, 128 / kWidth);  // of a tile of lanes, at most
   static constexpr int64_t kMostPatterns = 2 * kLanePanels * kPanelVectors;
 
  public:
@@ -428,11 +428,20 @@ class AttentionForwardPass {
            a.stride_width == b.stride_width && a.stride_channel == b.stride_channel;
   }
 
-  // Many tokens: workers share tiles of them, small ones where there are few.
+  // Tokens of a tile of lanes: few where the workers need many tiles; many where the tile stays in
+  // the first cache, or where weights that outgrow the second one are read once a tile.
+  int64_t lane_tile() const {
+    constexpr int64_t bytes = sizeof(T);
+    const bool tall = kLanePanels * kWidth * channels_ * bytes <= 1 << 15 ||
+                      2 * channels_ * channels_ * bytes > 1 << 20;
+    int64_t panels = tall ? kLanePanels : larger(1, kLanePanels / 2);
+    while (workers_ > 1 && panels > 1 && tokens_ < 4 * workers_ * panels * kWidth) panels /= 2;
+    return panels * kWidth;
+  }
+
+  // Many tokens: workers share tiles of them.
   void run_lanes_by_tokens() {
-    const int64_t lane_tile = workers_ > 1 && tokens_ < 4 * workers_ * kLanePanels * kWidth
-                                  ? kWidth
-                                  : kLanePanels * kWidth;
+    const int64_t lane_tile = this->lane_tile();
     const int64_t tiles = (tokens_ + lane_tile - 1) / lane_tile;
     const int64_t panel_size = channels_ * kWidth;
     const int64_t lanes_size = 5 * kLanePanels * panel_size;
