@@ -77,25 +77,25 @@ constexpr const char* kKernelNames[kKernels] = {
 struct InstructionSet {
   const KernelTable& table;
   bool (*supported)();
-  bool only_by_name = false;  // never the default
+  bool only_by_name;  // never the default
 };
 
-// Worst first. avx512_bf16 has to be asked for: on the processors measured (Intel, where dot
-// products start at a quarter of the rate of multiply-adds) it is slower than avx512, which widens
-// bfloat16 to float32. Where they start at the full rate, as AMD documents for Zen 4 and 5, it does
-// twice the work an instruction, but none has been measured.
+// Worst first, but avx512_bf16 has to be asked for. Its dot products do twice the work of
+// multiply-adds; on the processor measured (Sapphire Rapids, benchmarks/fma_peak.cpp) they start at
+// a quarter of the rate, so that avx512, which widens bfloat16 to float32, is faster. A processor
+// that starts them at the full rate would gain; none has been measured.
 constexpr InstructionSet kInstructionSets[] = {
 #ifdef SEP_ATTN_NEON_KERNELS
-    {neon::kernel_table, always},
+    {neon::kernel_table, always, false},
 #else
-    {baseline::kernel_table, always},
+    {baseline::kernel_table, always, false},
 #endif
 #ifdef SEP_ATTN_X86_KERNELS
-    {avx2::kernel_table, has_avx2},
-    {avx512::kernel_table, has_avx512},
+    {avx2::kernel_table, has_avx2, false},
+    {avx512::kernel_table, has_avx512, false},
 #endif
 #ifdef SEP_ATTN_AVX512_BF16_KERNELS
-    {avx512_bf16::kernel_table, has_avx512_bf16, /*only_by_name=*/true},
+    {avx512_bf16::kernel_table, has_avx512_bf16, true},
 #endif
 };
 constexpr int kInstructionSetCount = sizeof(kInstructionSets) / sizeof(kInstructionSets[0]);
