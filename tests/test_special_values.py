@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -201,26 +200,28 @@ def test_an_infinity_that_the_activation_takes_away_leaves_no_trace(
     shape: tuple[int, ...], dim: int, dtype: torch.dtype, capability: str
 ) -> None:
     """Every value of the token is relu(-inf) = 0. What fills a kernel's vectors up past the last
-    channel must not become NaN (0 times inf) either."""
+    channel must not become NaN (0 times inf) either, nor keep what was in its scratch memory."""
     before = native.capability()
-    case = Case((*shape, dim) if len(shape) == 2 else (shape[0], dim, *shape[1:]))
-    case = dataclasses.replace(case, prev_shape=case.shape)
-    inputs = inputs_of(case, dtype, torch.device("cpu"))
+
+    def inputs_with(channels: int) -> dict[str, Tensor]:
+        sizes = (*shape, channels) if len(shape) == 2 else (shape[0], channels, *shape[1:])
+        return inputs_of(Case(sizes, prev_shape=sizes), dtype, torch.device("cpu"))
+
+    def layer(inputs: dict[str, Tensor]) -> Tensor:
+        names = ["x", "qkv_weight", "qkv_bias", "out_weight", "out_bias"]
+        operands = [inputs[name] for name in names]
+        return separable_attention(*operands, x_prev=inputs["x_prev"], backend="native")
+
+    inputs, nothing_but_nan = inputs_with(dim), inputs_with(dim + 1)
+    nothing_but_nan["x"].fill_(math.nan)
     channels_last = inputs["x"] if len(shape) == 2 else inputs["x"].movedim(1, -1)
     channels_last[0, ..., -1, dim // 2] = math.inf
     inputs["qkv_weight"][1 + dim :, dim // 2] = -1.0
     try:
         native.set_capability(capability)
         with torch.no_grad():
-            out = separable_attention(
-                inputs["x"],
-                inputs["qkv_weight"],
-                inputs["qkv_bias"],
-                inputs["out_weight"],
-                inputs["out_bias"],
-                x_prev=inputs["x_prev"],
-                backend="native",
-            )
+            layer(nothing_but_nan)
+            out = layer(inputs)
     finally:
         native.set_capability(before)
     expected = inputs["out_bias"].expand(*shape, dim)[0, ..., -1, :]
