@@ -56,6 +56,7 @@ class AttentionForwardPass {
   static constexpr int64_t kElements = OperandTypes<S>::kElements;
   static constexpr int64_t kWidth = kPanelWidth<T>;
   static_assert(sizeof(P) == sizeof(T), "tiles and panels hold either");
+  static_assert(kBlockRows % kElements == 0, "a part of the rows holds whole operands");
   static constexpr int64_t kLanePanels = larger(1, 64 / kWidth);  // of a tile of lanes, at most
 
  public:
@@ -241,7 +242,7 @@ class AttentionForwardPass {
             contexts,
             elements(more ? rows.data - count * rows.stride : rows.data, rows.stride),
             {op_.values == nullptr ? nullptr : values() + first * channels_, channels_}});
-    for (int64_t t = 0; kElements * depth_ > channels_ && t < count; ++t) {
+    for (int64_t t = 0; half_pair() && t < count; ++t) {
       gated.data[t * gated.stride + channels_] = E{};
     }
     if constexpr (std::is_same<S, T>::value) {
@@ -257,6 +258,9 @@ class AttentionForwardPass {
                                     StoreBiased<T>{tiles, tile_stride_, out_bias()});
     scatter_tokens(op_.out_grid, out(), first, count, tiles, tile_stride_);
   }
+
+  // True when the last operand of a row is a pair with one channel in it.
+  bool half_pair() const { return kElements * depth_ > channels_; }
 
   // Rows of operands as rows of what they hold.
   static Rows<E> elements(P* rows, int64_t stride) {
@@ -423,9 +427,9 @@ class AttentionForwardPass {
     });
   }
 
-  // The values that fill up the last pair where the channels are odd.
+  // The last row of a panel of gated values, where the second product reads more than is stored.
   void clear_last_row(P* row, int64_t count) const {
-    for (int64_t i = 0; kElements * depth_ > channels_ && i < count; ++i) row[i] = P{};
+    for (int64_t i = 0; half_pair() && i < count; ++i) row[i] = P{};
   }
 
   void gate_tail(Range tail, Range rows, const LaneWeights& weights, const P* x_tail,

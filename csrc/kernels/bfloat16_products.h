@@ -109,7 +109,7 @@ inline void pack_panel(const BFloat16* data, int64_t stride_k, int64_t stride_c,
 template <>
 struct LanePlace<BFloat16Pair> {
   BFloat16Pair* at;
-  int64_t row;  // 0 or 1, in the pairs that the block begins with
+  unsigned row;  // 0 or 1, in the pairs that the block begins with
 
   SEP_ATTN_INLINE void store_row(int r, int v, Vec<float> value) const {
     store_half(at + (row + r) / 2 * kPanelWidth<BFloat16Pair> + v * kLanes<BFloat16Pair>,
@@ -120,7 +120,7 @@ struct LanePlace<BFloat16Pair> {
 template <>
 SEP_ATTN_INLINE LanePlace<BFloat16Pair> LanePanel<BFloat16Pair>::place(int64_t row,
                                                                        int64_t column) const {
-  return {at(row / 2, column), row % 2};
+  return {at(row / 2, column), static_cast<unsigned>(row % 2)};
 }
 
 }  // namespace SEP_ATTN_CAPABILITY

@@ -372,13 +372,11 @@ SEP_ATTN_INLINE void add_product(Vec<float>& sum, Vec<BFloat16Pair> a, Vec<BFloa
   sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
 
-SEP_ATTN_INLINE BFloat16Pair load_one(const BFloat16Pair* p) { return *p; }
-SEP_ATTN_INLINE void store_one(BFloat16Pair* p, BFloat16Pair value) { *p = value; }
-
-// The first or the second values of the pairs at p, rounded; the others are left as they are.
-SEP_ATTN_INLINE void store_half(BFloat16Pair* p, int64_t half, Vec<float> value) {
+// The first (half 0) or the second values (1) of the pairs at p, rounded; the others are left as
+// they are.
+SEP_ATTN_INLINE void store_half(BFloat16Pair* p, unsigned half, Vec<float> value) {
   const FloatBits bits = __builtin_convertvector(narrow(value, BFloat16{}), FloatBits);
-  const __mmask32 mask = half == 0 ? 0x55555555u : 0xaaaaaaaau;
+  const __mmask32 mask = 0x55555555u << half;
   _mm512_mask_storeu_epi16(p, mask, (__m512i)(bits | bits << 16));
 }
 
