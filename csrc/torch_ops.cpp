@@ -474,6 +474,44 @@ bool keeps_values(DType dtype, int64_t channels) {
   return dtype == accumulation(dtype) && channels % 16 == 0;
 }
 
+// Kept values say themselves how they lie, whatever becomes of x's strides before the backward
+// pass: kValuesHeader elements, of which the first is 1 where they are on the lanes, then the
+// values.
+constexpr int64_t kValuesHeader = 16;
+
+int64_t kept_rows(const TokenGrid& grid) {
+  return (token_count(grid) + kValuesWidth - 1) / kValuesWidth * kValuesWidth;
+}
+int64_t kept_elements(const TokenGrid& grid) {
+  return kValuesHeader + kept_rows(grid) * grid.channels;
+}
+
+void* after_header(void* data, DType dtype) {
+  const int64_t bytes = kValuesHeader * (dtype == DType::kFloat64 ? 8 : 4);
+  return static_cast<char*>(data) + bytes;
+}
+
+// Writes the header, and zeros where there is no token.
+template <typename T>
+void finish_values(const TokenGrid& grid, void* data) {
+  T* header = static_cast<T*>(data);
+  T* values = header + kValuesHeader;
+  const bool on_lanes = values_on_lanes(grid);
+  std::fill(header, values, T{0});
+  header[0] = on_lanes ? 1 : 0;
+  const int64_t tokens = token_count(grid), rows = kept_rows(grid);
+  if (rows == tokens) return;
+  if (!on_lanes) {
+    std::fill(values + tokens * grid.channels, values + rows * grid.channels, T{0});
+    return;
+  }
+  T* panel = values + (rows - kValuesWidth) * grid.channels;
+  for (int64_t row = 0; row < grid.channels; ++row) {
+    T* lanes = panel + row * kValuesWidth;
+    std::fill(lanes + tokens % kValuesWidth, lanes + kValuesWidth, T{0});
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> separable_attention(
     const Tensor& x, const OptionalTensor& x_prev, const Tensor& qkv_weight,
     const OptionalTensor& qkv_bias, const Tensor& out_weight, const OptionalTensor& out_bias,
@@ -487,11 +525,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> separable_attention(
   Tensor weights = new_tokens(x_prev.has_value() ? *x_prev : x, arguments.prev_grid, acc);
   Tensor statistics = new_tensor<2>({grid.slices(), 2 * grid.channels + 1}, acc);
   const bool keep = for_backward && keeps_values(arguments.dtype, grid.channels);
-  Tensor values = keep ? new_tensor<2>({token_count(grid), grid.channels}, acc) : absent(acc);
-  if (keep) arguments.values = values.mutable_data_ptr();
+  Tensor values = keep ? new_tensor<1>({kept_elements(grid)}, acc) : absent(acc);
+  if (keep) arguments.values = after_header(values.mutable_data_ptr(), acc);
   arguments.weights = weights.mutable_data_ptr();
   arguments.statistics = statistics.mutable_data_ptr();
   Tensor out = run_attention(arguments, x);
+  if (keep && acc == DType::kFloat64) finish_values<double>(grid, values.mutable_data_ptr());
+  if (keep && acc == DType::kFloat32) finish_values<float>(grid, values.mutable_data_ptr());
   return {std::move(out), std::move(weights), std::move(statistics), std::move(values)};
 }
 
@@ -577,8 +617,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_attention_g
   arguments.dropout_scale = token_values(dropout_scale, prev_grid, acc, "dropout_scale");
   arguments.weights = saved(weights, acc, token_count(prev_grid), "weights");
   arguments.statistics = saved(statistics, acc, grid.slices() * (2 * channels + 1), "statistics");
-  if (values.dim() == 2) {
-    arguments.values = saved(values, acc, token_count(grid) * channels, "values");
+  if (values.numel() > 0) {
+    const void* kept = saved(values, acc, kept_elements(grid), "values");
+    arguments.values = after_header(const_cast<void*>(kept), acc);
+    arguments.values_on_lanes = acc == DType::kFloat64 ? *static_cast<const double*>(kept) != 0
+                                                       : *static_cast<const float*>(kept) != 0;
   }
   arguments.activation = activation;
   arguments.grad_x = wanted(need_input_grad, grad_x);

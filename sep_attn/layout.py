@@ -32,13 +32,27 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def keeps_values(x: Tensor) -> bool:
-    """Whether the C++ forward pass keeps act's argument, ``N D`` values, for the backward pass.
+    """Whether the C++ forward pass keeps act's argument, the values, for the backward pass.
 
     Reading it back is faster than its product at every size measured, D = 64 to 768; in half
     precision it would be rounded, and a ragged D does not fill the kernels' vectors: both compute
     it again.
     """
     return accumulate_dtype(x.dtype) == x.dtype and num_channels(x) % 16 == 0
+
+
+VALUES_HEADER, VALUES_WIDTH = 16, 32  # as in csrc/torch_ops.cpp and csrc/kernels/kernels.h
+
+
+def kept_values_size(x: Tensor) -> int:
+    """How many elements the kept values take, ``N D`` and a little.
+
+    They lie as ``x`` does, as rows of channels or on the vector lanes by panels of 32 tokens; a
+    header says which.
+    """
+    channels = num_channels(x)
+    panels = (x.numel() // channels + VALUES_WIDTH - 1) // VALUES_WIDTH
+    return VALUES_HEADER + panels * VALUES_WIDTH * channels
 
 
 def slice_view(x: Tensor, patch_h: int, patch_w: int) -> Tensor:

@@ -11,8 +11,8 @@ and *acc* is the accumulation dtype, float32, or float64 for float64.
 ``context_pool``      ``pooled [S, D] acc``, ``weight_sum [S] acc``, ``weights tokens acc``
 ``gate``              ``act(v) * context[slice]``
 ``separable_attention`` ``out``, ``weights tokens acc``, ``statistics [S, 2 D + 1] acc``: pooled
-                      input, context and weight sum of each slice; ``values [tokens, D]``, or
-                      empty (``for_backward``); ``_inference``: ``out``;
+                      input, context and weight sum of each slice; ``values``, kept for the
+                      backward pass (``for_backward``), or empty; ``_inference``: ``out``;
                       ``_packed``: ``out``, with packed weights kept in the caller's memory
 ==================== ===============================================================================
 
@@ -45,7 +45,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from sep_attn import pooled, reference, triton_kernels
-from sep_attn.layout import accumulate_dtype, keeps_values, num_channels, token_shape
+from sep_attn.layout import (
+    accumulate_dtype,
+    keeps_values,
+    kept_values_size,
+    num_channels,
+    token_shape,
+)
 
 _library = torch.library.Library("sep_attn", "DEF")
 
@@ -280,10 +286,8 @@ def _separable_attention_native_fake(
     *tensors, act, patch_h, patch_w, for_backward = arguments
     fake: Callable[..., Any] = _separable_attention_fake
     results = fake(x, x_prev, *tensors, 0.0, act, patch_h, patch_w)
-    values = results[1].new_empty(0)
-    if for_backward and keeps_values(x):
-        values = values.new_empty((x.numel() // num_channels(x), num_channels(x)))
-    return *results, values
+    kept = kept_values_size(x) if for_backward and keeps_values(x) else 0
+    return *results, results[1].new_empty(kept)
 
 
 def _separable_attention_inference_fake(x: Tensor, *arguments: Any) -> Tensor:

@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sep_attn.layout import (
+    VALUES_HEADER,
     accumulate_dtype,
     default_patch_size,
     keeps_values,
+    kept_values_size,
     merge_token_slices,
     token_view,
 )
@@ -59,11 +61,7 @@ def separable_attention(
     values = project(x, *value)
     out = project(_gate(values, context, act, patch_h, patch_w), out_weight, out_bias)
     statistics = torch.cat([_slice_rows(value) for value in (pooled, context, weight_sum)], dim=1)
-    kept = weights.new_empty(0)
-    if for_backward and keeps_values(x):
-        kept = (values if x.dim() == 3 else values.permute(0, 2, 3, 1)).reshape(
-            -1, out_weight.shape[0]
-        )
+    kept = _keep(x, values) if for_backward and keeps_values(x) else weights.new_empty(0)
     return _in_memory_as(x, out), weights, statistics, kept
 
 
@@ -87,6 +85,12 @@ def separable_attention_packed(
     act = "relu" if relu else "identity"
     weights = (qkv_weight.flatten(1), qkv_bias, out_weight.flatten(1), out_bias)
     return separable_attention(x, None, *weights, None, None, act, patch_h, patch_w, False)[0]
+
+
+def _keep(x: Tensor, values: Tensor) -> Tensor:
+    """``values`` as the operator keeps them: as rows of channels, which a header of zeros says."""
+    rows = (values if x.dim() == 3 else values.permute(0, 2, 3, 1)).flatten()
+    return F.pad(rows, (VALUES_HEADER, kept_values_size(x) - VALUES_HEADER - rows.shape[0]))
 
 
 def context_pool(

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sep_attn
 from sep_attn import SeparableAttention, backends, functional, native, ops, reference
-from sep_attn.layout import token_shape
+from sep_attn.layout import VALUES_HEADER, VALUES_WIDTH, num_channels, token_shape
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -39,6 +39,14 @@ def test_the_pooled_form_is_the_layer(
 ) -> None:
     monkeypatch.setattr(functional, "resolve", lambda *_: "pooled")
     check_layer(functional.separable_attention, case, dtype, CPU, backend="native")
+
+
+def kept_rows(kept: Tensor, x: Tensor) -> Tensor:
+    """Values as the layer keeps them for the backward pass, as rows of channels ``[tokens, D]``."""
+    header, values = kept[:VALUES_HEADER], kept[VALUES_HEADER:]
+    if kept.numel() > 0 and header[0] == 1:
+        values = values.view(-1, num_channels(x), VALUES_WIDTH).transpose(1, 2)
+    return values.reshape(-1, num_channels(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -76,6 +84,14 @@ def test_decompositions_give_what_their_operators_give(case: Case, dtype: torch.
         expected, results = operator(*arguments), sep_attn.decompositions()[operator](*arguments)
         if isinstance(expected, Tensor):
             expected, results = [expected], [results]
+        elif name == "separable_attention":
+            assert results[3].shape == expected[3].shape
+            *expected, kept = expected
+            *results, other_kept = results
+            expected, results = (
+                [*expected, kept_rows(kept, x)],
+                [*results, kept_rows(other_kept, x)],
+            )
         tolerance = 1e-2 if dtype == torch.float16 else 1e-5
         for one, other in zip(results, expected, strict=True):
             torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)

@@ -1,11 +1,14 @@
 // The fused layer, backward: the value path a tile at a time, with values kept by the forward pass
-// or computed again; then the pooling path.
+// or computed again, tokens as rows or on the vector lanes as the values are; then the pooling
+// path.
 #pragma once
 
 #include <type_traits>
 
 #include "attention_pool.h"
+#include "gate_tile.h"
 #include "kernels.h"
+#include "lanes.h"
 #include "micro_kernel.h"
 #include "products.h"
 #include "scratch.h"
@@ -15,73 +18,6 @@
 
 namespace sep_attn {
 namespace SEP_ATTN_CAPABILITY {
-
-// One tile of the gate's backward pass, for kVectors vectors of channels: reads v and dy, writes
-// y = act(v) c to y_tile (which may be v) and dv = dy c act'(v) in place of dy, and adds up the
-// sums over tokens.
-template <typename T, Activation kActivation, int kVectors>
-SEP_ATTN_INLINE void gate_backward_strip(int64_t rows, int64_t column, int64_t stride,
-                                         Rows<const T> values, T* y_tile, T* dy_tile,
-                                         const T* const* context, T* const* grad_context,
-                                         const Rows<const T>& grad_out, T* grad_value_bias,
-                                         T* grad_out_bias) {
-  constexpr int64_t n = kLanes<T>;
-  Vec<T> sum_dv[kVectors], sum_g[kVectors], sum_dc[kVectors];
-  SEP_ATTN_UNROLL
-  for (int i = 0; i < kVectors; ++i) sum_dv[i] = sum_g[i] = sum_dc[i] = zero<T>();
-  for (int64_t t = 0; t < rows; ++t) {
-    const T* v_row = values.data + t * values.stride + column;
-    T* y_row = y_tile + t * stride + column;
-    T* dy_row = dy_tile + t * stride + column;
-    const T* g_row = grad_out.data + t * grad_out.stride + column;
-    const T* c_row = context[t] + column;
-    SEP_ATTN_UNROLL
-    for (int i = 0; i < kVectors; ++i) {
-      const Vec<T> v = load(v_row + i * n);
-      const Vec<T> dy = load(dy_row + i * n);
-      const Vec<T> c = load(c_row + i * n);
-      const Vec<T> r = activate<T, kActivation>(v);
-      Vec<T> dv = dy * c;
-      if (kActivation == Activation::kRelu) dv = v <= zero<T>() ? zero<T>() : dv;
-      store(y_row + i * n, r * c);
-      store(dy_row + i * n, dv);
-      sum_dc[i] += dy * r;
-      sum_dv[i] += dv;
-      sum_g[i] += load(g_row + i * n);
-    }
-    if (t + 1 == rows || grad_context[t + 1] != grad_context[t]) {
-      SEP_ATTN_UNROLL
-      for (int i = 0; i < kVectors; ++i) {
-        T* at = grad_context[t] + column + i * n;
-        store(at, load(at) + sum_dc[i]);
-        sum_dc[i] = zero<T>();
-      }
-    }
-  }
-  SEP_ATTN_UNROLL
-  for (int i = 0; i < kVectors; ++i) {
-    T* at = grad_value_bias + column + i * n;
-    store(at, load(at) + sum_dv[i]);
-    at = grad_out_bias + column + i * n;
-    store(at, load(at) + sum_g[i]);
-  }
-}
-
-template <typename T, Activation kActivation>
-void gate_backward_tile(int64_t rows, int64_t channels, int64_t stride, Rows<const T> values,
-                        T* y_tile, T* dy_tile, const T* const* context, T* const* grad_context,
-                        const Rows<const T>& grad_out, T* grad_value_bias, T* grad_out_bias) {
-  constexpr int64_t n = kLanes<T>;
-  int64_t column = 0;
-  for (; column + 4 * n <= channels; column += 4 * n) {
-    gate_backward_strip<T, kActivation, 4>(rows, column, stride, values, y_tile, dy_tile, context,
-                                           grad_context, grad_out, grad_value_bias, grad_out_bias);
-  }
-  for (; column < channels; column += n) {
-    gate_backward_strip<T, kActivation, 1>(rows, column, stride, values, y_tile, dy_tile, context,
-                                           grad_context, grad_out, grad_value_bias, grad_out_bias);
-  }
-}
 
 // target[d] = a[d] scale_a + b[d] scale_b, added to what is there when `add`.
 template <typename T>
@@ -103,6 +39,7 @@ template <typename S, Activation kActivation>
 class AttentionBackwardPass {
   using T = Accumulate<S>;
   static constexpr int64_t kWidth = kPanelWidth<T>;
+  static constexpr int64_t kLaneUnit = 16;      // whole vectors of every instruction set
   static constexpr int64_t kMostInPlace = 256;  // channels of weights that are not packed
   static constexpr bool kHalf = !std::is_same<S, T>::value;
 
@@ -119,25 +56,35 @@ class AttentionBackwardPass {
         prev_tokens_(op.prev_grid.batch * op.prev_grid.height * op.prev_grid.width),
         padded_(round_up(channels_, kWidth)),
         tile_stride_(padded_ + kLanes<T>),
-        tile_size_(kTileRows * tile_stride_),
+        lane_stride_(kLaneTile + kLanes<T>),
+        tile_size_(larger(kTileRows * tile_stride_,
+                          larger(kLaneTile * tile_stride_, channels_ * lane_stride_))),
         panels_(panels_in<T>(channels_)),
         panel_size_(channels_ * kWidth),
         workers_(workers_for(tokens_, 8 * channels_ * channels_, parallel.threads)),
+        on_lanes_(op.values != nullptr && op.values_on_lanes),
+        unit_(on_lanes_ ? kLaneUnit : 1),
+        units_((tokens_ + unit_ - 1) / unit_),
         whole_((op.grad_qkv_weight || op.grad_out_weight) && tokens_ <= channels_ &&
                (workers_ > 1 || tokens_ > kTileRows)),
-        parts_(parts_in(tokens_, whole_ ? 2 * kBlockRows : 4 * larger(64, channels_), workers_)),
+        parts_(larger(
+            1,
+            smaller(units_, parts_in(tokens_, whole_ ? 2 * kBlockRows : 4 * larger(64, channels_),
+                                     workers_)))),
         pools_strips_(pool_strips()),
         pool_parts_(parts_in(prev_tokens_, 64, workers_)),
         in_place_weights_(!kHalf && channels_ % kLanes<T> == 0 && channels_ <= kMostInPlace),
         qkv_weight_(op.qkv_weight, 1 + 2 * channels_, channels_),
         out_weight_(op.out_weight, channels_, channels_),
-        vectors_(3 * padded_),
+        vectors_(4 * padded_),
         packed_((!in_place_weights_ ? 4 : (op.values == nullptr ? 1 : 0)) * panels_ * panel_size_),
         first_sum_in_place_(!kHalf && channels_ == padded_),
         weight_sums_((op.grad_qkv_weight || op.grad_out_weight) && !whole_
                          ? (parts_ - first_sum_in_place_) * 2 * channels_ * padded_
                          : 0),
-        whole_rows_(whole_ ? kOperands * tokens_ * tile_stride_ : 0),
+        whole_lane_stride_(round_up(tokens_, kLanes<T>) + kLanes<T>),
+        whole_size_(larger(tokens_ * tile_stride_, channels_ * whole_lane_stride_)),
+        whole_operands_(whole_ ? kOperands * whole_size_ : 0),
         bias_sums_(parts_ * 2 * padded_),
         score_sums_(score_parts() * (padded_ + kLanes<T>)),
         context_sums_(parts_),
@@ -149,6 +96,7 @@ class AttentionBackwardPass {
     read_vector<S>({qkv_weight_.row(0), 1}, 0, channels_, padded_, score_weight());
     read_vector<S>(op.qkv_bias, 1, channels_, padded_, key_bias());
     read_vector<S>(op.qkv_bias, 1 + channels_, channels_, padded_, value_bias());
+    read_vector<S>({nullptr, 0}, 0, 0, padded_, zeros());
     T* sums = context_sums_data_.get();
     for (int64_t part = 0; part < parts_; ++part) {
       context_sums_[part] = sums;
@@ -199,6 +147,7 @@ class AttentionBackwardPass {
   T* score_weight() const { return vectors_.get(); }
   T* key_bias() const { return vectors_.get() + padded_; }
   T* value_bias() const { return vectors_.get() + 2 * padded_; }
+  T* zeros() const { return vectors_.get() + 3 * padded_; }
   const T* statistics(int64_t slice) const {
     return static_cast<const T*>(op_.statistics) + slice * (2 * channels_ + 1);
   }
@@ -210,6 +159,7 @@ class AttentionBackwardPass {
   enum Weight { kValueTransposed, kOut, kValue, kKey };
   bool packs(Weight weight) const {
     if (weight == kValueTransposed) return op_.values == nullptr;
+    if (on_lanes_ && weight != kKey) return false;
     return !in_place_weights_ && (weight != kKey || slices_ > 8);
   }
   Panels<T> panels(Weight weight) const {
@@ -252,25 +202,27 @@ class AttentionBackwardPass {
   }
   T& score_bias_sum(int64_t part) const { return score_weight_sum(part)[padded_]; }
 
-  // Where tokens are few, the rows of all of them are kept, and a weight's gradient is one product
-  // over all, shared out by its own rows: sums of parts would be larger than the rows.
+  // Where tokens are few, the operands of all of them are kept, and a weight's gradient is one
+  // product over all, shared out by its own rows: sums of parts would be larger than the operands.
   enum Operand { kX, kGradOut, kGated, kGradValues, kOperands };
-  T* whole_rows(Operand operand) const {
-    return whole_rows_.get() + operand * tokens_ * tile_stride_;
-  }
+  T* whole_operand(Operand operand) const { return whole_operands_.get() + operand * whole_size_; }
   bool in_place(const TokenGrid& grid, Range tokens) const {
     return channels_ % kLanes<T> == 0 && tokens_in_place<S>(grid, tokens.begin, tokens.count());
   }
   Rows<const T> whole_rows(Operand operand, const TokenGrid& grid, const void* data) const {
-    if (!in_place(grid, {0, tokens_})) return {whole_rows(operand), tile_stride_};
+    if (!in_place(grid, {0, tokens_})) return {whole_operand(operand), tile_stride_};
     const T* first = static_cast<const T*>(data);
     return {first + token_offset(grid, token_position(grid, 0)), grid.stride_width};
   }
   int64_t weight_groups() const { return (channels_ + 2 * kBlockRows - 1) / (2 * kBlockRows); }
 
   // The images a part's tokens belong to, and its sum of dc over its tokens of a slice in them.
+  Range tokens_of(int64_t part) const {
+    const Range own = share(units_, part, parts_);
+    return {own.begin * unit_, smaller(own.end * unit_, tokens_)};
+  }
   Range images_of(int64_t part) const {
-    const Range own = share(tokens_, part, parts_);
+    const Range own = tokens_of(part);
     return {own.begin / image_tokens_, (own.end - 1) / image_tokens_ + 1};
   }
   int64_t touched_images() const {
@@ -312,15 +264,21 @@ class AttentionBackwardPass {
     for (int64_t d = 0; d < 2 * padded_; ++d) value_bias_sum(part)[d] = 0;
     const int64_t own_slices = images_of(part).count() * image_slices_;
     for (int64_t i = 0; i < own_slices * padded_; ++i) context_sums_[part][i] = 0;
-    const Tiles own(share(tokens_, part, parts_));
-    for (int64_t i = 0; i < own.count; ++i) value_tile(part, own[i], i == 0, scratch);
+    const Range own = tokens_of(part);
+    if (on_lanes_) {
+      value_path_on_lanes(part, own, scratch);
+      return;
+    }
+    const Tiles tiles(own);
+    for (int64_t i = 0; i < tiles.count; ++i) value_tile(part, tiles[i], i == 0, scratch);
   }
 
   void value_tile(int64_t part, Range tokens, bool is_first, T* scratch) const {
     const int64_t first = tokens.begin;
     const int64_t count = tokens.count();
     const auto tile = [&](Operand operand) {
-      return whole_ ? whole_rows(operand) + first * tile_stride_ : scratch + operand * tile_size_;
+      return whole_ ? whole_operand(operand) + first * tile_stride_
+                    : scratch + operand * tile_size_;
     };
     T* x_tile = tile(kX);
     T* g_tile = tile(kGradOut);
@@ -352,10 +310,12 @@ class AttentionBackwardPass {
                                        contexts, grad_contexts, g, value_bias_sum(part),
                                        out_bias_sum(part));
     if (op_.grad_qkv_weight != nullptr && !whole_) {
-      add_outer_product({dy_tile, tile_stride_}, x, count, is_first, value_weight_sum(part));
+      add_outer_product<LeftOperand::kColumns>({dy_tile, tile_stride_}, x, count, is_first,
+                                               value_weight_sum(part));
     }
     if (op_.grad_out_weight != nullptr && !whole_) {
-      add_outer_product(g, {y_tile, tile_stride_}, count, is_first, out_weight_sum(part));
+      add_outer_product<LeftOperand::kColumns>(g, {y_tile, tile_stride_}, count, is_first,
+                                               out_weight_sum(part));
     }
     if (op_.grad_x != nullptr) store_value_gradient(tokens, dy_tile, dx_tile);
   }
@@ -370,16 +330,18 @@ class AttentionBackwardPass {
     return {tile, tile_stride_};
   }
 
-  // sum[i, j] += sum_t left[t, i] right[t, j], or = for the first tile.
+  // sum[i, j] += sum_t left[t, i] right[t, j], or = for the first tile; tokens are the columns of
+  // `left` for kRows, its rows for kColumns.
+  template <LeftOperand kLeft>
   void add_outer_product(Rows<const T> left, Rows<const T> right, int64_t count, bool is_first,
                          T* sum) const {
     const Panels<T> operand{right.data, kWidth, right.stride};
     if (is_first) {
-      multiply<T, LeftOperand::kColumns>(channels_, channels_, count, left.data, left.stride,
-                                         operand, StoreSum<T>{sum, padded_});
+      multiply<T, kLeft>(channels_, channels_, count, left.data, left.stride, operand,
+                         StoreSum<T>{sum, padded_});
     } else {
-      multiply<T, LeftOperand::kColumns>(channels_, channels_, count, left.data, left.stride,
-                                         operand, AddSum<T>{sum, padded_});
+      multiply<T, kLeft>(channels_, channels_, count, left.data, left.stride, operand,
+                         AddSum<T>{sum, padded_});
     }
   }
 
@@ -390,14 +352,21 @@ class AttentionBackwardPass {
     S* target = static_cast<S*>(of_values ? op_.grad_qkv_weight : op_.grad_out_weight);
     if (target == nullptr) return;
     if (of_values) target += (1 + channels_) * channels_;
-    const Rows<const T> left = of_values ? Rows<const T>{whole_rows(kGradValues), tile_stride_}
-                                         : whole_rows(kGradOut, op_.grad_out_grid, op_.grad_out);
     const Rows<const T> right = of_values ? whole_rows(kX, op_.grid, op_.x)
-                                          : Rows<const T>{whole_rows(kGated), tile_stride_};
-    multiply<T, LeftOperand::kColumns>(
-        own.count(), channels_, tokens_, left.data + own.begin, left.stride,
-        Panels<T>{right.data, kWidth, right.stride},
-        StoreResult<S>{target + own.begin * channels_, channels_, channels_});
+                                          : Rows<const T>{whole_operand(kGated), tile_stride_};
+    const Panels<T> operand{right.data, kWidth, right.stride};
+    const StoreResult<S> result{target + own.begin * channels_, channels_, channels_};
+    if (on_lanes_) {
+      const T* left = whole_operand(of_values ? kGradValues : kGradOut);
+      multiply<T, LeftOperand::kRows>(own.count(), channels_, tokens_,
+                                      left + own.begin * whole_lane_stride_, whole_lane_stride_,
+                                      operand, result);
+      return;
+    }
+    const Rows<const T> left = of_values ? Rows<const T>{whole_operand(kGradValues), tile_stride_}
+                                         : whole_rows(kGradOut, op_.grad_out_grid, op_.grad_out);
+    multiply<T, LeftOperand::kColumns>(own.count(), channels_, tokens_, left.data + own.begin,
+                                       left.stride, operand, result);
   }
 
   // dx = dv W_V
@@ -422,6 +391,74 @@ class AttentionBackwardPass {
                 channels_);
     } else {
       scatter_tokens(grid, grad_x, first, count, dx_tile, tile_stride_);
+    }
+  }
+
+  // ---- The same with tokens on the lanes; the weights' gradients take x and y as rows ----
+
+  void value_path_on_lanes(int64_t part, Range tokens, T* scratch) const {
+    if constexpr (!kHalf) {
+      constexpr int64_t most_patterns = kLaneTileVectors<T> + 8;
+      const bool mixes = op_.grid.patch_h * op_.grid.patch_w * op_.grid.batch > 1;
+      const Buffer<T> mixed(mixes ? most_patterns * channels_ * kLanes<T> : 0);
+      LaneSlices<T> slices[most_patterns];
+      LaneContexts<T> contexts(op_.grid, statistics(0) + channels_, 2 * channels_ + 1,
+                               most_patterns, slices, mixed.get());
+      for (int64_t first = tokens.begin; first < tokens.end; first += kLaneTile) {
+        value_tile_on_lanes(part, {first, smaller(first + kLaneTile, tokens.end)},
+                            first == tokens.begin, contexts, scratch);
+      }
+    }
+  }
+
+  void value_tile_on_lanes(int64_t part, Range tokens, bool is_first, LaneContexts<T>& contexts,
+                           T* scratch) const {
+    const int64_t first = tokens.begin;
+    const int64_t count = tokens.count();
+    const int64_t stride = whole_ ? whole_lane_stride_ : lane_stride_;
+    const auto tile = [&](Operand operand) { return scratch + operand * tile_size_; };
+    const auto rows = [&](Operand operand) {
+      return whole_ ? whole_operand(operand) + first * tile_stride_ : tile(operand);
+    };
+    const auto lanes = [&](Operand operand) {
+      return whole_ ? whole_operand(operand) + first : tile(operand);
+    };
+    T* g = lanes(kGradOut);
+    T* dv = lanes(kGradValues);  // dy at first
+    T* y = rows(kGated);
+    gather_channels(op_.grad_out_grid, static_cast<const T*>(op_.grad_out), first, count, g, stride,
+                    round_up(count, kLanes<T>));
+    multiply<T, LeftOperand::kColumns>(channels_, count, channels_, out_weight_.row(0),
+                                       out_weight_.stride(), Panels<T>{g, kWidth, stride},
+                                       StoreSum<T>{dv, stride});
+    LaneContext<T> own_contexts[kLaneTileVectors<T>];
+    contexts.find(tokens, {0, channels_}, own_contexts);
+    const LaneTile<T> lane_tile = {
+        count,       channels_,    {static_cast<const T*>(op_.values), channels_, 0, first},
+        {g, stride}, {dv, stride}, own_contexts};
+    gate_backward_lanes<T, kActivation>(
+        lane_tile, {y, tile_stride_}, tile(kOperands),
+        [&](int64_t slice, int64_t row, Vec<T> sum) {
+          T* own = context_sum(part, slice) + row;
+          store(own, load(own) + sum);
+        },
+        value_bias_sum(part), out_bias_sum(part));
+    if (op_.grad_qkv_weight != nullptr) {
+      const Rows<const T> x = padded_rows(op_.grid, op_.x, tokens, rows(kX));
+      if (!whole_) {
+        add_outer_product<LeftOperand::kRows>({dv, stride}, x, count, is_first,
+                                              value_weight_sum(part));
+      }
+    }
+    if (op_.grad_out_weight != nullptr && !whole_) {
+      add_outer_product<LeftOperand::kRows>({g, stride}, {y, tile_stride_}, count, is_first,
+                                            out_weight_sum(part));
+    }
+    if (op_.grad_x != nullptr) {
+      multiply_into_tokens<LeftOperand::kColumns>(
+          op_.grad_x_grid, static_cast<T*>(op_.grad_x), tokens, channels_, channels_,
+          qkv_weight_.row(1 + channels_), qkv_weight_.stride(), Panels<T>{dv, kWidth, stride},
+          zeros(), tile(kOperands));
     }
   }
 
@@ -654,7 +691,7 @@ class AttentionBackwardPass {
     const int64_t first_slice = strip_index * grid.patch_w;
     T* directions = scratch;                   // [channels, lanes]: dxbar of each lane's slice
     T* sums = directions + channels_ * lanes;  // [channels, lanes]: of dw_I
-    T* copy = sums + channels_ * lanes;        // [channels, kVectors, lanes]: x'
+    const StripCopy<T, kVectors> copy(sums + channels_ * lanes);  // x'
     alignas(64) T biases[lanes], score_sums[lanes], values[lanes];
     for (int64_t i = 0; i < lanes; ++i) {
       const int64_t slice = first_slice + i % grid.patch_w;
@@ -728,7 +765,7 @@ class AttentionBackwardPass {
         Vec<T> sum = zero<T>();
         SEP_ATTN_UNROLL
         for (int v = 0; v < kVectors; ++v) {
-          const Vec<T> value = load(copy + (d * kVectors + v) * lanes);
+          const Vec<T> value = load(copy.vectors[v] + d * copy.stride);
           sum += score_grad[v] * (score_grad[v] != zero<T>() ? value : zero<T>());
           if (grad[v] == nullptr || counts[v] == 0) continue;
           T* at = grad[v] + d * pool_grid().stride_channel;
@@ -769,8 +806,10 @@ class AttentionBackwardPass {
   const ParallelFor& parallel_;
   const bool self_;
   const int64_t channels_, slices_, image_tokens_, image_slices_, tokens_, prev_tokens_;
-  const int64_t padded_, tile_stride_, tile_size_;  // a tile's rows spread over cache sets
+  const int64_t padded_, tile_stride_, lane_stride_, tile_size_;  // rows spread over cache sets
   const int64_t panels_, panel_size_, workers_;
+  const bool on_lanes_;
+  const int64_t unit_, units_;  // tokens are cut into parts at multiples of a unit
   const bool whole_;
   const int64_t parts_;
   const bool pools_strips_;
@@ -779,7 +818,9 @@ class AttentionBackwardPass {
   const WeightRows<S> qkv_weight_, out_weight_;
   const Buffer<T> vectors_, packed_;
   const bool first_sum_in_place_;
-  const Buffer<T> weight_sums_, whole_rows_, bias_sums_, score_sums_;
+  const Buffer<T> weight_sums_;
+  const int64_t whole_lane_stride_, whole_size_;
+  const Buffer<T> whole_operands_, bias_sums_, score_sums_;
   const Buffer<T*> context_sums_;
   const Buffer<T> context_sums_data_, tiles_, delayed_grad_x_, slice_values_, slice_sums_;
 };

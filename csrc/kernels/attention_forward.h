@@ -8,6 +8,7 @@
 #include "attention_pool.h"
 #include "bfloat16_products.h"
 #include "kernels.h"
+#include "lanes.h"
 #include "micro_kernel.h"
 #include "packed_weights.h"
 #include "products.h"
@@ -58,6 +59,7 @@ class AttentionForwardPass {
   static_assert(sizeof(P) == sizeof(T), "tiles and panels hold either");
   static_assert(kBlockRows % kElements == 0, "a part of the rows holds whole operands");
   static constexpr int64_t kLanePanels = larger(1, 64 / kWidth);  // of a tile of lanes, at most
+  static constexpr int64_t kMostPatterns = 2 * kLanePanels * kPanelVectors;
 
  public:
   AttentionForwardPass(const AttentionForward& op, const ParallelFor& parallel)
@@ -97,11 +99,12 @@ class AttentionForwardPass {
              score_bias,
              op.key_padding_mask,
              op.dropout_scale,
-             static_cast<T*>(op.weights)};
+             static_cast<T*>(op.weights),
+             {nullptr, channels_ * kWidth}};
   }
 
   void run() {
-    const bool channel_major = op_.grid.stride_channel != 1 && op_.grid.stride_width == 1;
+    const bool channel_major = values_on_lanes(op_.grid);
     if (channels_ >= kLanes<T> && (channel_major ? tokens_ <= channels_ : few_tokens())) {
       run_lanes_by_rows();
     } else if (channel_major) {
@@ -122,6 +125,15 @@ class AttentionForwardPass {
   T* statistics(int64_t slice) const { return statistics() + slice * (2 * channels_ + 1); }
   T* context(int64_t slice) const { return statistics(slice) + channels_; }
   T* values() const { return static_cast<T*>(op_.values); }
+  T* kept_value(int64_t token, int64_t channel) const {
+    if (values_on_lanes(op_.grid)) {
+      return KeptLanes<T>{values(), channels_, channel, 0}.at(0, token);
+    }
+    return values() + token * channels_ + channel;
+  }
+  LaneContexts<T> lane_contexts(int64_t most, LaneSlices<T>* slices, T* mixed) const {
+    return {op_.grid, context(0), 2 * channels_ + 1, most, slices, mixed};
+  }
   const S* x() const { return static_cast<const S*>(op_.x); }
   S* out() const { return static_cast<S*>(op_.out); }
 
@@ -303,65 +315,13 @@ class AttentionForwardPass {
     });
   }
 
-  // The context that each vector of tokens is gated by, rows [rows) only. Where a vector holds
-  // tokens of several slices, `mixed` receives their contexts, a vector a row.
-  void lane_contexts(Range tokens, Range rows, LaneContext<T>* contexts, T* mixed) const {
-    typedef IntVec<T> Mask;
-    int64_t slices[kLanes<T>], before[kLanes<T>];
-    const T* before_lanes = nullptr;
-    for (int64_t first = 0; first < tokens.count(); first += kLanes<T>) {
-      LaneContext<T>& own = contexts[first / kLanes<T>];
-      const int64_t count = smaller(kLanes<T>, tokens.count() - first);
-      TokenWalk walk(op_.grid, tokens.begin + first);
-      if (walk.run() >= count) {
-        own = {context(walk.slice()) + rows.begin, nullptr};
-        continue;
-      }
-      const T* pieces[kLanes<T>];
-      Mask masks[kLanes<T>];
-      int64_t piece_slices[kLanes<T>];
-      int64_t used = 0;
-      bool same = before_lanes != nullptr;
-      for (int64_t i = 0; i < kLanes<T>; ++i) {
-        slices[i] = i < count ? walk.slice() : slices[0];
-        if (i < count) walk.next();
-        same = same && slices[i] == before[i];
-      }
-      if (same) {
-        own = {nullptr, before_lanes};
-        continue;
-      }
-      for (int64_t i = 0; i < kLanes<T>; ++i) {
-        before[i] = slices[i];
-        int64_t piece = 0;
-        while (piece < used && piece_slices[piece] != slices[i]) ++piece;
-        if (piece == used) {
-          piece_slices[used] = slices[i];
-          pieces[used] = context(slices[i]);
-          masks[used++] = Mask{};
-        }
-        masks[piece][i] = -1;
-      }
-      T* lanes = mixed + first * rows.count();
-      for (int64_t row = rows.begin; row < rows.end; ++row) {
-        Vec<T> value = broadcast<T>(pieces[0][row]);
-        for (int64_t piece = 1; piece < used; ++piece) {
-          value = masks[piece] ? broadcast<T>(pieces[piece][row]) : value;
-        }
-        store(lanes + (row - rows.begin) * kLanes<T>, value);
-      }
-      before_lanes = lanes;
-      own = {nullptr, lanes};
-    }
-  }
-
   // Few tokens: workers share the rows of the weights, all tokens at once. A tail that would leave
   // most lanes of its vector empty is kept as rows, whose channels fill the lanes instead.
   void run_lanes_by_rows() {
     const Range tail = {tokens_ - tail_tokens(), tokens_};
     const Range on_lanes = {0, tail.begin};
     const int64_t panels = panels_in<T>(on_lanes.count());
-    const int64_t panel_size = depth_ * kWidth, values_size = channels_ * kWidth;
+    const int64_t panel_size = depth_ * kWidth;
     const int64_t blocks = (channels_ + kBlockRows - 1) / kBlockRows;
     // A tail reads the weights again: block by block, while they are in cache.
     const int64_t parts = workers_ == 1 && tail.count() == 0 ? 1 : blocks;
@@ -369,10 +329,12 @@ class AttentionForwardPass {
     const int64_t x_vectors = panels * kPanelVectors;
     const Buffer<P> lanes(2 * panels * panel_size);
     const Buffer<P> tails(2 * tail.count() * padded_);
-    const Buffer<T> value_lanes(op_.values == nullptr ? 0 : panels * values_size);
+    const bool moves_values = op_.values != nullptr && !values_on_lanes(op_.grid);
+    const Buffer<T> value_lanes(moves_values ? round_up(tokens_, kValuesWidth) * channels_ : 0);
     const Buffer<P> converted(converted_size());
     const Buffer<T> worker_tiles(workers_ * panels * part_rows * kWidth);
     const Buffer<LaneContext<T>> contexts(workers_ * x_vectors);
+    const Buffer<LaneSlices<T>> slices(workers_ * x_vectors);
     const LanePanel<P> x_lanes = {lanes.get(), panel_size};
     const LanePanel<P> gated_lanes = {x_lanes.data + panels * panel_size, panel_size};
     P* x_tail = tails.get();
@@ -385,6 +347,8 @@ class AttentionForwardPass {
     run_workers(parallel_, workers_, [&](Worker& worker) {
       LaneContext<T>* own_contexts = contexts.get() + worker.index() * x_vectors;
       T* own_tile = worker_tiles.get() + worker.index() * panels * part_rows * kWidth;
+      LaneContexts<T> find_contexts =
+          lane_contexts(x_vectors, slices.get() + worker.index() * x_vectors, own_tile);
       convert_weights(converted, worker);
       worker.share_out(x_vectors, [&](int64_t i) {
         const int64_t first = smaller(i * kLanes<T>, on_lanes.end);
@@ -403,9 +367,10 @@ class AttentionForwardPass {
       worker.share_out(parts, [&](int64_t part) {
         const Range rows = rows_of(part);
         project({0, slices_}, rows);
-        lane_contexts(on_lanes, rows, own_contexts, own_tile);
-        const LanePanel<T> own_values = {
-            op_.values == nullptr ? nullptr : value_lanes.get() + rows.begin * kWidth, values_size};
+        find_contexts.forget();
+        find_contexts.find(on_lanes, rows, own_contexts);
+        const KeptLanes<T> own_values = {
+            value_lanes.get() != nullptr ? value_lanes.get() : values(), channels_, rows.begin, 0};
         multiply<P, LeftOperand::kRows>(rows.count(), on_lanes.count(), depth_,
                                         weights.value + rows.begin * weights.value_stride,
                                         weights.value_stride,
@@ -415,7 +380,7 @@ class AttentionForwardPass {
                                             value_bias() + rows.begin,
                                             own_contexts,
                                             own_values});
-        if (op_.values != nullptr) store_values(on_lanes, rows, own_values);
+        if (value_lanes.get() != nullptr) store_values(on_lanes, rows, own_values);
         gate_tail(tail, rows, weights, x_tail, gated_tail);
       });
       worker.wait();
@@ -444,7 +409,7 @@ class AttentionForwardPass {
                   sums);
       for (int64_t t = 0; t < tail.count(); ++t) {
         const T value = sums[t] + value_bias()[row];
-        if (op_.values != nullptr) values()[(tail.begin + t) * channels_ + row] = value;
+        if (op_.values != nullptr) *kept_value(tail.begin + t, row) = value;
         const bool off = kActivation == Activation::kRelu && value < 0;  // keeps NaN
         store_one(elements(gated_tail + t * padded_, padded_).data + row,
                   (off ? T{0} : value) * own_contexts[t][row]);
@@ -470,44 +435,35 @@ class AttentionForwardPass {
     }
   }
 
-  // Rows of the values, tokens on lanes, to where they are kept for the backward pass.
-  void store_values(Range tokens, Range rows, LanePanel<T> lanes) const {
-    for (int64_t first = 0; first < tokens.count(); first += kWidth) {
-      copy_matrix(lanes.at(0, first), kWidth, int64_t{1}, rows.count(),
-                  smaller(kWidth, tokens.count() - first),
-                  values() + (tokens.begin + first) * channels_ + rows.begin, int64_t{1},
-                  channels_);
+  // Rows of the values, tokens on lanes, to rows of tokens.
+  void store_values(Range tokens, Range rows, KeptLanes<T> lanes) const {
+    for (int64_t first = 0; first < tokens.count(); first += kValuesWidth) {
+      copy_matrix(lanes.at(0, first), kValuesWidth, int64_t{1}, rows.count(),
+                  smaller(kValuesWidth, tokens.count() - first),
+                  kept_value(tokens.begin + first, rows.begin), int64_t{1}, channels_);
     }
   }
 
   // The output product for some rows of W_O and the tokens of some panels.
   void store_out_rows(Range tokens, Range rows, const LaneWeights& weights, Panels<P> gated,
                       T* out_tile) const {
-    const P* left = weights.out + rows.begin * weights.out_stride;
-    const T* bias = out_bias() + rows.begin;
-    const TokenGrid& grid = op_.out_grid;
-    TokenGrid own_channels = grid;
-    own_channels.channels = rows.count();
-    S* target = out() + rows.begin * grid.stride_channel;
-    int64_t runs = 0;
-    for_each_run(grid, tokens.begin, tokens.count(), [&](int64_t, int64_t, int64_t) { ++runs; });
-    if constexpr (std::is_same<S, T>::value) {
-      if (grid.stride_width == 1 && runs == 1) {
-        multiply<P, LeftOperand::kRows>(
-            rows.count(), tokens.count(), depth_, left, weights.out_stride, gated,
-            StoreTokens<T>{target + token_offset(grid, token_position(grid, tokens.begin)),
-                           grid.stride_channel, tokens.count(), bias});
-        return;
-      }
-    }
-    const int64_t panel_size = rows.count() * kWidth;
-    multiply<P, LeftOperand::kRows>(rows.count(), tokens.count(), depth_, left, weights.out_stride,
-                                    gated, StoreLanes<T>{{out_tile, panel_size}, bias});
-    for (int64_t first = 0; first < tokens.count(); first += kWidth) {
-      scatter_channels(own_channels, target, tokens.begin + first,
-                       smaller(kWidth, tokens.count() - first),
-                       out_tile + first / kWidth * panel_size, kWidth);
-    }
+    multiply_into_tokens<LeftOperand::kRows>(
+        op_.out_grid, out() + rows.begin * op_.out_grid.stride_channel, tokens, rows.count(),
+        depth_, weights.out + rows.begin * weights.out_stride, weights.out_stride, gated,
+        out_bias() + rows.begin, out_tile);
+  }
+
+  // True where pooling leaves x on the lanes, all of it, for the products: x is read once, which is
+  // faster than copying it by tiles while it stays in the worker's own second cache.
+  bool pools_into_lanes() const {
+    constexpr int64_t most_bytes = 1 << 19;
+    return std::is_same<P, T>::value && workers_ == 1 && pools_strips_ && op_.x == op_.x_prev &&
+           same_places(op_.grid, op_.prev_grid) && op_.grid.width % kLanes<T> == 0 &&
+           tokens_ * channels_ * static_cast<int64_t>(sizeof(T)) <= most_bytes;
+  }
+  static bool same_places(const TokenGrid& a, const TokenGrid& b) {
+    return a.stride_batch == b.stride_batch && a.stride_height == b.stride_height &&
+           a.stride_width == b.stride_width && a.stride_channel == b.stride_channel;
   }
 
   // Many tokens: workers share tiles of them, small ones where there are few.
@@ -516,11 +472,19 @@ class AttentionForwardPass {
                                   ? kWidth
                                   : kLanePanels * kWidth;
     const int64_t tiles = (tokens_ + lane_tile - 1) / lane_tile;
-    const int64_t lanes_size = 4 * kLanePanels * channels_ * kWidth;
+    const int64_t panel_size = channels_ * kWidth;
+    const int64_t lanes_size = 5 * kLanePanels * panel_size;
     const Buffer<T> lanes(workers_ * lanes_size);
+    const Buffer<LaneSlices<T>> slices(workers_ * kMostPatterns);
+    const Buffer<T> pooled_lanes(pools_into_lanes() ? panels_in<T>(tokens_) * panel_size : 0);
     const Buffer<P> converted(converted_size());
     const LaneWeights weights = lane_weights(converted);
+    pool_.lanes.data = pooled_lanes.get();
     run_workers(parallel_, workers_, [&](Worker& worker) {
+      T* scratch = lanes.get() + worker.index() * lanes_size;
+      LaneContexts<T> contexts =
+          lane_contexts(kMostPatterns, slices.get() + worker.index() * kMostPatterns,
+                        scratch + 3 * kLanePanels * panel_size);
       convert_weights(converted, worker);
       pool(worker);
       worker.wait();
@@ -529,35 +493,36 @@ class AttentionForwardPass {
           tiles,
           [&](int64_t i) {
             const int64_t first = i * lane_tile;
-            run_lane_tile({first, smaller(first + lane_tile, tokens_)}, weights,
-                          lanes.get() + worker.index() * lanes_size);
+            run_lane_tile({first, smaller(first + lane_tile, tokens_)}, weights, contexts, scratch);
           },
           Order::kBackward);
     });
   }
 
-  void run_lane_tile(Range tokens, const LaneWeights& weights, T* scratch) const {
-    const int64_t panel_size = depth_ * kWidth, values_size = channels_ * kWidth;
-    const LanePanel<P> x_lanes = {reinterpret_cast<P*>(scratch), panel_size};
-    const LanePanel<P> gated_lanes = {x_lanes.data + kLanePanels * panel_size, panel_size};
-    T* mixed = scratch + 2 * kLanePanels * values_size;
-    T* out_tile = mixed + kLanePanels * values_size;
+  void run_lane_tile(Range tokens, const LaneWeights& weights, LaneContexts<T>& find_contexts,
+                     T* scratch) const {
+    const int64_t room = kLanePanels * channels_ * kWidth, panel_size = depth_ * kWidth;
+    LanePanel<P> x_lanes = {reinterpret_cast<P*>(scratch), panel_size};
+    const LanePanel<P> gated_lanes = {reinterpret_cast<P*>(scratch + room), panel_size};
+    T* out_tile = scratch + 2 * room;
     LaneContext<T> contexts[kLanePanels * kPanelVectors];
+    if (pool_.lanes.data != nullptr) {
+      x_lanes.data = reinterpret_cast<P*>(pool_.lanes.at(0, tokens.begin));
+    } else {
+      for (int64_t i = 0; i < tokens.count(); i += kWidth) {
+        gather_channels(op_.grid, x(), tokens.begin + i, smaller(kWidth, tokens.count() - i),
+                        x_lanes.at(0, i), kWidth, kWidth);
+      }
+    }
     for (int64_t i = 0; i < tokens.count(); i += kWidth) {
-      gather_channels(op_.grid, x(), tokens.begin + i, smaller(kWidth, tokens.count() - i),
-                      x_lanes.at(0, i), kWidth, kWidth);
       clear_last_row(gated_lanes.at(depth_ - 1, i), kWidth);
     }
-    lane_contexts(tokens, {0, channels_}, contexts, mixed);
-    multiply<P, LeftOperand::kRows>(channels_, tokens.count(), depth_, weights.value,
-                                    weights.value_stride,
-                                    Panels<P>{x_lanes.data, panel_size, kWidth},
-                                    StoreGatedLanes<T, kActivation, P>{
-                                        gated_lanes,
-                                        value_bias(),
-                                        contexts,
-                                        {op_.values == nullptr ? nullptr : out_tile, values_size}});
-    if (op_.values != nullptr) store_values(tokens, {0, channels_}, {out_tile, values_size});
+    find_contexts.find(tokens, {0, channels_}, contexts);
+    multiply<P, LeftOperand::kRows>(
+        channels_, tokens.count(), depth_, weights.value, weights.value_stride,
+        Panels<P>{x_lanes.data, panel_size, kWidth},
+        StoreGatedLanes<T, kActivation, P>{
+            gated_lanes, value_bias(), contexts, {values(), channels_, 0, tokens.begin}});
     store_out_rows(tokens, {0, channels_}, weights, Panels<P>{gated_lanes.data, panel_size, kWidth},
                    out_tile);
   }

@@ -154,6 +154,8 @@ struct PoolOperands {
   TokenValues<const bool> key_padding_mask;
   TokenValues<const void> dropout_scale;
   T* weights;  // receives the scores; null: not wanted
+  // Receives x, tokens on the lanes, where strips are pooled and rows are whole vectors; or null.
+  LanePanel<T> lanes;
 };
 
 // Takes a chunk's scores, in whole vectors and -inf where there is no token, into the running
@@ -288,12 +290,25 @@ SEP_ATTN_INLINE void with_strip_vectors(int64_t most, const Body& body) {
   }
 }
 
-// scores[v] = sum_d weights(d) x[d] over kVectors vectors of tokens, which are copied to `tokens`
-// [channels, kVectors, lanes]: where rows lie a power of two apart, a cache cannot hold them.
+// A copy of some vectors of tokens, computed in T: channel d of vector v at vectors[v] + d *
+// stride.
+template <typename T, int kVectors>
+struct StripCopy {
+  T* vectors[kVectors];
+  int64_t stride;
+
+  // In scratch memory [channels, kVectors, lanes].
+  explicit StripCopy(T* scratch) : stride(kVectors * kLanes<T>) {
+    for (int v = 0; v < kVectors; ++v) vectors[v] = scratch + v * kLanes<T>;
+  }
+};
+
+// scores[v] = sum_d weights(d) x[d] over kVectors vectors of tokens, which are copied to `tokens`:
+// where rows lie a power of two apart, a cache cannot hold them.
 template <bool kWhole, int kVectors, typename S, typename T, typename Weights>
 SEP_ATTN_INLINE void dot_strip(const S* const* x, const int64_t* counts, int64_t stride,
-                               const Weights& weights, int64_t channels, T* tokens,
-                               Vec<T>* scores) {
+                               const Weights& weights, int64_t channels,
+                               const StripCopy<T, kVectors>& tokens, Vec<T>* scores) {
   constexpr int kChains = kVectors < 4 ? 4 / kVectors : 1;  // independent sums: they overlap
   Vec<T> sums[kChains][kVectors];
   SEP_ATTN_UNROLL
@@ -307,7 +322,7 @@ SEP_ATTN_INLINE void dot_strip(const S* const* x, const int64_t* counts, int64_t
     for (int v = 0; v < kVectors; ++v) {
       const S* at = x[v] + d * stride;
       const Vec<T> value = kWhole ? load(at) : load_first(at, counts[v]);
-      store(tokens + (d * kVectors + v) * kLanes<T>, value);
+      store(tokens.vectors[v] + d * tokens.stride, value);
       sums[chain][v] += w * value;
     }
   };
@@ -328,13 +343,13 @@ SEP_ATTN_INLINE void dot_strip(const S* const* x, const int64_t* counts, int64_t
 // sums[d] = scale * sums[d] + sum_v weights[v] tokens[d][v], a vector of lanes for each d; what
 // lies where `kept` is 0 stays out, whatever it is.
 template <bool kMasked, int kVectors, typename T>
-SEP_ATTN_INLINE void add_strip(const T* tokens, const Vec<T>* weights, const Vec<T>* kept,
-                               Vec<T> scale, int64_t channels, T* sums) {
+SEP_ATTN_INLINE void add_strip(const StripCopy<T, kVectors>& tokens, const Vec<T>* weights,
+                               const Vec<T>* kept, Vec<T> scale, int64_t channels, T* sums) {
   for (int64_t d = 0; d < channels; ++d) {
     Vec<T> sum = zero<T>();
     SEP_ATTN_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      Vec<T> value = load(tokens + (d * kVectors + v) * kLanes<T>);
+      Vec<T> value = load(tokens.vectors[v] + d * tokens.stride);
       if (kMasked) value = kept[v] != zero<T>() ? value : zero<T>();
       sum += weights[v] * value;
     }
@@ -356,7 +371,6 @@ void pool_strip(const PoolOperands<S>& op, int64_t strip_index, Range range, Acc
   const auto scores_out = contiguous_values<void>(op.grid, op.weights);
   const bool masked = op.key_padding_mask.data != nullptr;
   T* sums = scratch;
-  T* copy = scratch + channels * lanes;
   const T lowest = -static_cast<T>(__builtin_huge_val());
   Vec<T> highest = broadcast<T>(lowest), sum = zero<T>(), weighted = zero<T>(), tokens = zero<T>();
   for (int64_t i = 0; i < channels * lanes; i += lanes) store(sums + i, zero<T>());
@@ -368,6 +382,8 @@ void pool_strip(const PoolOperands<S>& op, int64_t strip_index, Range range, Acc
     int64_t counts[kVectors];
     StripVector places[kVectors];
     bool whole = true;
+    StripCopy<T, kVectors> copy(scratch + channels * lanes);
+    if (op.lanes.data != nullptr) copy.stride = kPanelWidth<T>;
     for (int64_t v = 0; v < kVectors; ++v) {
       const bool there = first + v < range.end;
       places[v] = strip_vector<T>(strip, there ? first + v : first);
@@ -375,6 +391,10 @@ void pool_strip(const PoolOperands<S>& op, int64_t strip_index, Range range, Acc
       whole = whole && counts[v] == lanes;
       x[v] = op.x + strip.image * op.grid.stride_batch + places[v].y * op.grid.stride_height +
              places[v].x * op.grid.stride_width;
+      if (op.lanes.data != nullptr && there) {
+        const int64_t row = strip.image * op.grid.height + places[v].y;
+        copy.vectors[v] = op.lanes.at(0, row * op.grid.width + places[v].x);
+      }
     }
     Vec<T> scores[kVectors], kept[kVectors];
     const auto weights = [&](int64_t d) { return broadcast<T>(op.score_weight[d]); };

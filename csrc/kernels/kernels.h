@@ -97,6 +97,15 @@ struct GateBackward {
   Activation activation;
 };
 
+// A forward pass can keep the values x W_V^T + b_V, before the activation, for the backward pass;
+// in float32 and float64, channels a multiple of 16. They lie as x does: as rows of channels
+// [tokens, D] or, where pixels are contiguous and channels are not, on the vector lanes, by panels
+// of kValuesWidth tokens [ceil(tokens / kValuesWidth), D, kValuesWidth].
+constexpr int64_t kValuesWidth = 32;
+inline bool values_on_lanes(const TokenGrid& x) {
+  return x.stride_width == 1 && x.stride_channel != 1;
+}
+
 struct AttentionForward {
   DType dtype;                          // of x, x_prev, weights, biases and out
   TokenGrid grid, prev_grid, out_grid;  // prev_grid equals grid when x_prev is x
@@ -112,7 +121,7 @@ struct AttentionForward {
   Activation activation;
   void* weights;     // acc tokens of x_prev, or null
   void* statistics;  // acc [S, 2D + 1]: pooled | context | weight_sum; or null
-  void* values;      // acc [tokens, D], before the activation; or null
+  void* values;      // acc, on the lanes where values_on_lanes(grid); or null
   // Memory, zero at first, in which packed weights are kept for the next call; or null.
   void* packed_weights;
   int64_t packed_weights_bytes;
@@ -131,8 +140,9 @@ struct AttentionBackward {
   TokenValues<const void> dropout_scale;  // acc or null
   const void* weights;
   const void* statistics;
-  const void* values;  // acc [tokens, D], before the activation; null: computed again
+  const void* values;  // acc; null: computed again
   Activation activation;
+  bool values_on_lanes;
   // Results in dtype, contiguous except grad_x and grad_x_prev; null: not wanted.
   void* grad_x;
   void* grad_x_prev;

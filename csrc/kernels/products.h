@@ -310,6 +310,7 @@ struct StoreTokens {
   T* target;
   int64_t stride, tokens;
   const T* bias;
+  bool is_far;  // in memory, not in a cache: asked for while the product is computed
 
   struct Place {
     T* at;
@@ -327,7 +328,24 @@ struct StoreTokens {
     }
   };
   SEP_ATTN_INLINE Place place(int64_t row, int64_t column) const {
+    for (int r = 0; is_far && r < kBlockRows; ++r) {
+      for (int v = 0; v < kPanelVectors; ++v) {
+        __builtin_prefetch(target + (row + r) * stride + column + v * kLanes<T>, 1);
+      }
+    }
     return {target + row * stride + column, stride, tokens - column, bias + row};
+  }
+};
+
+// Values kept on the lanes (see kValuesWidth): channels from `row` on of tokens from `first` on.
+template <typename T>
+struct KeptLanes {
+  T* data;
+  int64_t channels, row, first;
+
+  SEP_ATTN_INLINE T* at(int64_t r, int64_t column) const {
+    const int64_t token = first + column;
+    return data + (token / kValuesWidth * channels + row + r) * kValuesWidth + token % kValuesWidth;
   }
 };
 
@@ -336,6 +354,8 @@ template <typename T>
 struct LaneContext {
   const T* shared;
   const T* lanes;
+  int64_t slice;          // of all tokens
+  const int64_t* slices;  // of every lane
 };
 
 template <typename T, Activation kActivation, typename P = T>
@@ -343,18 +363,18 @@ struct StoreGatedLanes {
   LanePanel<P> target;
   const T* bias;                   // of each row
   const LaneContext<T>* contexts;  // of each vector of tokens
-  LanePanel<T> values;             // receives the values before the activation, unless null
+  KeptLanes<T> values;             // receives the values before the activation, unless null
 
   struct Place {
     LanePlace<P> target;
     const T* bias;
     LaneContext<T> contexts[kPanelVectors];
     int64_t row;
-    T* values;
+    T* values[kPanelVectors];
 
     SEP_ATTN_INLINE Vec<T> start(int r, int) const { return broadcast<T>(bias[r]); }
     SEP_ATTN_INLINE void finish(int r, int v, Vec<T> value) const {
-      if (values != nullptr) store(values + r * kPanelWidth<T> + v * kLanes<T>, value);
+      if (values[v] != nullptr) store(values[v] + r * kValuesWidth, value);
       const LaneContext<T>& own = contexts[v];
       const Vec<T> c = own.shared != nullptr ? broadcast<T>(own.shared[row + r])
                                              : load(own.lanes + (row + r) * kLanes<T>);
@@ -363,12 +383,11 @@ struct StoreGatedLanes {
   };
   SEP_ATTN_INLINE Place place(int64_t row, int64_t column) const {
     const LaneContext<T>* own = contexts + column / kLanes<T>;
-    Place place{target.place(row, column),
-                bias + row,
-                {},
-                row,
-                values.data == nullptr ? nullptr : values.at(row, column)};
-    for (int v = 0; v < kPanelVectors; ++v) place.contexts[v] = own[v];
+    Place place{target.place(row, column), bias + row, {}, row, {}};
+    for (int v = 0; v < kPanelVectors; ++v) {
+      place.contexts[v] = own[v];
+      if (values.data != nullptr) place.values[v] = values.at(row, column + v * kLanes<T>);
+    }
     return place;
   }
 };

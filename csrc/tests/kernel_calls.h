@@ -43,6 +43,7 @@ struct LayerTensors {
   MaybeTensor out_bias, mask, dropout_scale;
   Tensor out;                       // results
   MaybeTensor weights, statistics;  // absent: not wanted
+  MaybeTensor values;               // absent: not kept; the backward pass takes what is in it
   // Memory for packed weights, zero at first; empty: not lent.
   std::vector<unsigned char>* packed_weights;
   // Backward. What forward saved comes from the oracle; a result that is absent is not wanted.
@@ -74,6 +75,11 @@ inline Vector vector(const MaybeTensor& tensor) {
 }
 
 inline void* wanted(const MaybeTensor& tensor) { return tensor ? tensor->data() : nullptr; }
+
+inline int64_t kept_values(const Shape& shape) {
+  const int64_t panels = (shape.tokens() + kValuesWidth - 1) / kValuesWidth;
+  return panels * kValuesWidth * shape.channels;
+}
 
 inline void call_gate(const GateTensors& t, Threads threads) {
   GateForward arguments = {};
@@ -156,6 +162,7 @@ inline void call_layer(const LayerTensors& t, Threads threads) {
   arguments.activation = t.activation;
   arguments.weights = wanted(t.weights);
   arguments.statistics = wanted(t.statistics);
+  arguments.values = wanted(t.values);
   arguments.packed_weights = t.packed_weights->empty() ? nullptr : t.packed_weights->data();
   arguments.packed_weights_bytes = static_cast<int64_t>(t.packed_weights->size());
   separable_attention_forward(arguments, parallel_for(threads));
@@ -180,6 +187,8 @@ inline void call_layer_backward(const LayerTensors& t, Threads threads) {
   arguments.dropout_scale = token_values<const void>(t.dropout_scale);
   arguments.weights = t.saved_weights.data();
   arguments.statistics = t.saved_statistics.data();
+  arguments.values = wanted(t.values);
+  arguments.values_on_lanes = values_on_lanes(arguments.grid);
   arguments.activation = t.activation;
   arguments.grad_x = wanted(t.grad_x);
   arguments.grad_x_prev = wanted(t.grad_x_prev);

@@ -74,6 +74,7 @@ void check_layer(Random& random, const Shape& shape, Type type) {
   const bool want_x = want(), want_prev = want() && cross, want_qkv_weight = want(),
              want_qkv_bias = want(), want_out_weight = want(), want_out_bias = want();
   const bool want_saved = random.chance(0.7), keep_packed = random.chance(0.5);
+  const bool keep_values = type == sums && D % 16 == 0 && random.chance(0.8);
 
   const std::string description =
       std::string(name_of(type)) + ", " + describe(shape) + ", x " + x_layout.name + ", out " +
@@ -85,7 +86,8 @@ void check_layer(Random& random, const Shape& shape, Type type) {
       (given(p.mask) ? ", mask " : ", ") + (given(p.dropout_scale) ? "and dropout " : "") +
       value_layout.name + (given(p.grad_weights) ? ", grad_weights" : "") +
       (want_all ? ", " : ", some gradients, ") + (want_saved ? "" : "nothing saved, ") +
-      (keep_packed ? "packed weights kept, " : "") + describe(threads);
+      (keep_packed ? "packed weights kept, " : "") + (keep_values ? "values kept, " : "") +
+      describe(threads);
   with_solutions(p, type, [&](const auto& exact, const auto& plain) {
     on_every_instruction_set(description, [&](Edge edge) {
       const Sizes tokens = token_sizes(shape), prev_tokens = token_sizes(p.prev_shape),
@@ -111,6 +113,7 @@ void check_layer(Random& random, const Shape& shape, Type type) {
           Tensor::result(type, tokens, out_layout, edge),
           result_if(want_saved, sums, values, dense_values, edge),
           result_if(want_saved, sums, statistics, dense_matrix, edge),
+          result_if(keep_values, sums, {kept_values(shape)}, dense, edge),
           &packed,
           Tensor::input(type, tokens, grad_layout, edge, p.grad_out),
           input_if(sums, values, value_layout, edge, p.grad_weights),
@@ -156,7 +159,8 @@ void check_layer(Random& random, const Shape& shape, Type type) {
 void check_layers(const Options& options, Type type) {
   // The last ones: several segments of a slice's softmax, several tiles a thread, many panels, and
   // fewer tokens than channels.
-  for_each_size(options, {{700, 70}, {1100, 33}, {300, 130}, {40, 200}, {60, 192}, {120, 160}},
+  for_each_size(options,
+                {{700, 70}, {1100, 33}, {300, 130}, {40, 200}, {60, 192}, {120, 160}, {400, 64}},
                 [&](Random& random, int64_t tokens, int64_t channels) {
                   check_layer(random, draw_shape(random, tokens, channels), type);
                 });
