@@ -24,6 +24,9 @@ SEP_ATTN_DECLARE_TABLE(baseline)
 SEP_ATTN_DECLARE_TABLE(avx2)
 SEP_ATTN_DECLARE_TABLE(avx512)
 #endif
+#ifdef SEP_ATTN_AVX512_BF16_KERNELS
+SEP_ATTN_DECLARE_TABLE(avx512_bf16)
+#endif
 #undef SEP_ATTN_DECLARE_TABLE
 
 namespace {
@@ -47,6 +50,16 @@ bool has_avx512() {
 }
 #endif
 
+#ifdef SEP_ATTN_AVX512_BF16_KERNELS
+// Not every clang that knows the flag takes "avx512bf16" in __builtin_cpu_supports.
+bool has_avx512_bf16() {
+  constexpr unsigned kAvx512Bf16 = 1u << 5;
+  unsigned eax, ebx, ecx, edx;
+  return has_avx512() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && eax >= 1 &&
+         __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvx512Bf16) != 0;
+}
+#endif
+
 enum Kernel {
   kContextPoolForward,
   kContextPoolBackward,
@@ -64,18 +77,25 @@ constexpr const char* kKernelNames[kKernels] = {
 struct InstructionSet {
   const KernelTable& table;
   bool (*supported)();
+  bool only_by_name;  // never the default
 };
 
-// Worst first.
+// Worst first, but avx512_bf16 has to be asked for. Its dot products do twice the work of
+// multiply-adds; on the processor measured (Sapphire Rapids, benchmarks/fma_peak.cpp) they start at
+// a quarter of the rate, so that avx512, which widens bfloat16 to float32, is faster. A processor
+// that starts them at the full rate would gain; none has been measured.
 constexpr InstructionSet kInstructionSets[] = {
 #ifdef SEP_ATTN_NEON_KERNELS
-    {neon::kernel_table, always},
+    {neon::kernel_table, always, false},
 #else
-    {baseline::kernel_table, always},
+    {baseline::kernel_table, always, false},
 #endif
 #ifdef SEP_ATTN_X86_KERNELS
-    {avx2::kernel_table, has_avx2},
-    {avx512::kernel_table, has_avx512},
+    {avx2::kernel_table, has_avx2, false},
+    {avx512::kernel_table, has_avx512, false},
+#endif
+#ifdef SEP_ATTN_AVX512_BF16_KERNELS
+    {avx512_bf16::kernel_table, has_avx512_bf16, true},
 #endif
 };
 constexpr int kInstructionSetCount = sizeof(kInstructionSets) / sizeof(kInstructionSets[0]);
@@ -83,7 +103,7 @@ constexpr int kInstructionSetCount = sizeof(kInstructionSets) / sizeof(kInstruct
 int best_instruction_set() {
   int best = 0;
   for (int i = 0; i < kInstructionSetCount; ++i) {
-    if (kInstructionSets[i].supported()) best = i;
+    if (kInstructionSets[i].supported() && !kInstructionSets[i].only_by_name) best = i;
   }
   return best;
 }

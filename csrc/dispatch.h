@@ -10,11 +10,12 @@
 
 namespace sep_attn {
 
-// Instruction sets this binary holds, and those among them this machine can run; best last.
+// Instruction sets this binary holds, and those among them this machine can run: worst first, then
+// avx512_bf16, which is never the default.
 std::vector<std::string> compiled_capabilities();
 std::vector<std::string> capabilities();
 
-// The instruction set in use: the best one, unless set otherwise.
+// The instruction set in use: unless set otherwise, the last one but avx512_bf16.
 std::string capability();
 // Throws std::invalid_argument when this binary or this machine lacks `name`.
 void set_capability(const std::string& name);

@@ -4,13 +4,13 @@ def version() -> str:
     """The version of the package this was built for."""
 
 def capability() -> str:
-    """The instruction set in use: "baseline", "avx2", "avx512" or "neon"."""
+    """The instruction set in use: "baseline", "avx2", "avx512", "avx512_bf16" or "neon"."""
 
 def capabilities() -> list[str]:
-    """The instruction sets usable on this machine, best last."""
+    """The instruction sets usable on this machine: best last, and then "avx512_bf16"."""
 
 def compiled_capabilities() -> list[str]:
-    """The instruction sets this build holds, best last."""
+    """The instruction sets this build holds, in the same order."""
 
 def set_capability(name: str) -> None:
     """Uses another instruction set from now on; ValueError when it is not among capabilities()."""

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import Case, inputs_of, run
 
+import sep_attn
 from sep_attn import native
 from sep_attn.version import __version__
 
@@ -21,6 +23,7 @@ _C = pytest.importorskip("sep_attn._C")
 
 ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = ["context_pool", "gate", "separable_attention"]
+BY_NAME = "avx512_bf16"  # the last instruction set, used only where it is asked for
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -51,8 +54,22 @@ def test_the_best_instruction_set_is_the_default() -> None:
     usable = native.capabilities()
     assert usable[0] in ("baseline", "neon")  # the worst one, and the only one of 64-bit ARM
     assert set(usable) <= set(native.compiled_capabilities())
+    measured = [name for name in usable if name != BY_NAME]
     code = "from sep_attn import native; print(native.capability())"
-    assert run_python(code, SEP_ATTN_CPU_CAPABILITY="").stdout.split() == [usable[-1]]
+    assert run_python(code, SEP_ATTN_CPU_CAPABILITY="").stdout.split() == [measured[-1]]
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux's /proc")
+def test_the_usable_instruction_sets_are_those_that_the_processor_names() -> None:
+    if "avx512" not in _C.compiled_capabilities():
+        pytest.skip("this build holds no x86 instruction sets")
+    flags = set(re.findall(r"^flags\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)[0].split())
+    needed = {"baseline": set(), "avx2": {"avx2", "fma", "f16c"}}
+    needed["avx512"] = needed["avx2"] | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    needed[BY_NAME] = needed["avx512"] | {"avx512_bf16"}
+    assert native.capabilities() == [
+        name for name in native.compiled_capabilities() if needed[name] <= flags
+    ]
 
 
 @pytest.mark.parametrize("capability", _C.capabilities())
@@ -110,6 +127,30 @@ def test_every_kernel_call_is_counted(capability: str) -> None:
     assert native.kernel_calls() == {}
 
 
+@pytest.mark.skipif(BY_NAME not in _C.capabilities(), reason=f"needs {BY_NAME}")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dot_products_change_the_forward_pass_in_bfloat16_and_nothing_else(
+    dtype: torch.dtype,
+) -> None:
+    case = Case((2, 50, 40), mask="random", need_weights=True)
+    inputs = inputs_of(case, dtype, torch.device("cpu"))
+    results = []
+    for capability in ("avx512", BY_NAME):
+        native.set_capability(capability)
+        native.reset_kernel_calls()
+        results.append(run(sep_attn.functional.separable_attention, case, inputs, backend="native"))
+        assert set(native.kernel_calls()) == {
+            f"separable_attention_{direction}/{capability}" for direction in ("forward", "backward")
+        }
+    changed = {
+        name for name, value in results[0].items() if not torch.equal(value, results[1][name])
+    }
+    if dtype != torch.bfloat16:
+        assert changed == set()
+    else:  # values kept for the backward pass are sums in another order
+        assert "out" in changed and "weights" not in changed
+
+
 # The binary --------------------------------------------------------------------------------------
 
 
@@ -122,17 +163,22 @@ def objdump(*options: str) -> str:
 
 
 def test_wide_registers_stay_in_the_functions_of_their_instruction_set() -> None:
-    """Also finds a template that the linker merged across instruction sets."""
+    """Dot products of bfloat16 too. Also finds a template that the linker merged across
+    instruction sets."""
     if "avx512" not in _C.compiled_capabilities():
         pytest.skip("this build holds no x86 instruction sets")
     registers: dict[str, set[str]] = defaultdict(set)
+    dot_products: set[str] = set()
     function = ""
     for line in objdump("--disassemble", "--no-show-raw-insn").splitlines():
         if match := re.match(r"[0-9a-f]+ <(.+)>:$", line):
             function = match[1]
         else:
             registers[function].update(re.findall(r"%([yz])mm", line))
-    kernels = {
+            if "\tvdpbf16ps " in line:
+                dot_products.add(function)
+    kernels: dict[str, list[str]] = defaultdict(list)
+    kernels |= {
         capability: [
             name for name in registers if f"8sep_attn{len(capability)}{capability}" in name
         ]
@@ -140,12 +186,18 @@ def test_wide_registers_stay_in_the_functions_of_their_instruction_set() -> None
     }
     assert all(len(names) > 10 for names in kernels.values()), "the symbols were stripped"
     for name, used in registers.items():
+        with_z = kernels["avx512"] + kernels[BY_NAME]
         if "z" in used:
-            assert name in kernels["avx512"], f"{name} uses zmm registers"
+            assert name in with_z, f"{name} uses zmm registers"
         if "y" in used:
-            assert name in kernels["avx512"] + kernels["avx2"], f"{name} uses ymm registers"
+            assert name in with_z + kernels["avx2"], f"{name} uses ymm registers"
     for capability, width in (("avx2", "y"), ("avx512", "z")):
         assert any(width in registers[name] for name in kernels[capability])
+    assert dot_products <= set(kernels[BY_NAME])
+    products = {name for name in kernels[BY_NAME] if "8multiplyI" in name}
+    assert dot_products >= products
+    # Both products, tokens as rows and on lanes, relu and identity in the first.
+    assert len(products) >= 6 or BY_NAME not in _C.compiled_capabilities()
 
 
 def test_the_binary_names_torch_but_no_folder_of_the_build() -> None:

@@ -14,6 +14,7 @@ from sep_attn import functional, native, reference
 from sep_attn.functional import separable_attention
 
 BACKENDS = ["native", "triton"]
+CAPABILITIES = native.capabilities() if native.unavailable_reason() is None else []
 BAD = [math.nan, math.inf, -math.inf]
 CASES = [
     Case((3, 20, 8), need_weights=True),
@@ -145,6 +146,90 @@ def test_a_bad_gradient_spreads_as_in_the_reference(
         assert_same_places(*gradients)
 
 
+# Tokens as rows, on lanes by tokens, on lanes by rows and with a tail; every number of channels is
+# ragged, and odd ones leave a pair of channels half empty where products are of pairs.
+BFLOAT16_CASES = [
+    Case((2, 40, 8)),
+    Case((2, 150, 33), prev_shape=(2, 11, 33)),
+    Case((2, 9, 4, 40), value_act="identity"),
+    Case((1, 34, 3, 50), prev_shape=(1, 34, 3, 7)),
+    Case((2, 9, 49), prev_shape=(2, 5, 49)),
+    Case((2, 6, 50), memory="offset"),
+    Case((1, 21, 65), prev_shape=(1, 8, 65), memory="sliced"),
+]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("case", BFLOAT16_CASES, ids=str)
+def test_bad_numbers_spread_in_bfloat16_as_in_the_reference(case: Case, capability: str) -> None:
+    """In the reference in float32: an overflow in its bfloat16 would be one of its own."""
+    before = native.capability()
+    dim = case.dim
+    places = [
+        ("x", tuple(size // 2 for size in case.shape)),
+        ("x", tuple(size - 1 for size in case.shape)),
+        ("qkv_weight", (1 + dim + 2, 3)),
+        ("qkv_weight", (2 * dim, dim - 1)),
+        ("qkv_bias", (2 * dim,)),
+        ("out_weight", (1, 2)),
+        ("out_weight", (dim - 1, dim - 1)),
+    ]
+    try:
+        native.set_capability(capability)
+        for name, index in places:
+            for bad in BAD:
+                inputs = inputs_of(case, torch.bfloat16, torch.device("cpu"))
+                inputs[name][index] = bad
+                results = run(separable_attention, case, inputs, backend="native")
+                exact = {key: value.float() for key, value in inputs.items()}
+                expected = run(separable_attention, case, exact, backend="reference")
+                finite = expected["out"].isfinite()
+                assert torch.equal(results["out"].isfinite(), finite), (name, index, bad)
+                torch.testing.assert_close(
+                    results["out"][finite].float(), expected["out"][finite], atol=0.05, rtol=0.05
+                )
+    finally:
+        native.set_capability(before)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [9, 33, 64, 65])
+@pytest.mark.parametrize("shape", [(2, 70), (1, 8), (1, 24), (2, 4, 30), (1, 2, 5)], ids=str)
+def test_an_infinity_that_the_activation_takes_away_leaves_no_trace(
+    shape: tuple[int, ...], dim: int, dtype: torch.dtype, capability: str
+) -> None:
+    """Every value of the token is relu(-inf) = 0. What fills a kernel's vectors up past the last
+    channel must not become NaN (0 times inf) either, nor keep what was in its scratch memory."""
+    before = native.capability()
+
+    def inputs_with(channels: int) -> dict[str, Tensor]:
+        sizes = (*shape, channels) if len(shape) == 2 else (shape[0], channels, *shape[1:])
+        return inputs_of(Case(sizes, prev_shape=sizes), dtype, torch.device("cpu"))
+
+    def layer(inputs: dict[str, Tensor]) -> Tensor:
+        names = ["x", "qkv_weight", "qkv_bias", "out_weight", "out_bias"]
+        operands = [inputs[name] for name in names]
+        return separable_attention(*operands, x_prev=inputs["x_prev"], backend="native")
+
+    inputs, nothing_but_nan = inputs_with(dim), inputs_with(dim + 1)
+    nothing_but_nan["x"].fill_(math.nan)
+    channels_last = inputs["x"] if len(shape) == 2 else inputs["x"].movedim(1, -1)
+    channels_last[0, ..., -1, dim // 2] = math.inf
+    inputs["qkv_weight"][1 + dim :, dim // 2] = -1.0
+    try:
+        native.set_capability(capability)
+        with torch.no_grad():
+            layer(nothing_but_nan)
+            out = layer(inputs)
+    finally:
+        native.set_capability(before)
+    expected = inputs["out_bias"].expand(*shape, dim)[0, ..., -1, :]
+    actual = (out if len(shape) == 2 else out.movedim(1, -1))[0, ..., -1, :]
+    assert torch.equal(actual, expected)
+    assert out.isfinite().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_pool_takes_infinite_scores_as_the_reference_does(
     backend: str, device: torch.device
@@ -193,9 +278,7 @@ def test_the_gate_takes_bad_numbers_as_the_reference_does(
 # The same bits -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "capability", native.capabilities() if native.unavailable_reason() is None else []
-)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "case",

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "attention_pool.h"
+#include "bfloat16_products.h"
 #include "kernels.h"
 #include "lanes.h"
 #include "micro_kernel.h"
@@ -20,37 +21,43 @@ namespace sep_attn {
 namespace SEP_ATTN_CAPABILITY {
 
 // results[t] = sum_d weight[d] rows[t][d] for kTokens rows, which end in zeros: whole vectors.
-template <int kTokens, typename T>
-SEP_ATTN_INLINE void dot_tail(const T* weight, const T* rows, int64_t stride, int64_t channels,
+template <int kTokens, typename P, typename T>
+SEP_ATTN_INLINE void dot_tail(const P* weight, const P* rows, int64_t stride, int64_t depth,
                               T* results) {
   Vec<T> sums[kTokens];
   SEP_ATTN_UNROLL
   for (int t = 0; t < kTokens; ++t) sums[t] = zero<T>();
-  const auto add = [&](int64_t d, Vec<T> w) __attribute__((always_inline)) {
+  const auto add = [&](int64_t d, Vec<P> w) __attribute__((always_inline)) {
     SEP_ATTN_UNROLL
-    for (int t = 0; t < kTokens; ++t) sums[t] += w * load(rows + t * stride + d);
+    for (int t = 0; t < kTokens; ++t) add_product(sums[t], w, load(rows + t * stride + d));
   };
   int64_t d = 0;
-  for (; d + kLanes<T> <= channels; d += kLanes<T>) add(d, load(weight + d));
-  if (d < channels) add(d, load_first(weight + d, channels - d));
+  for (; d + kLanes<P> <= depth; d += kLanes<P>) add(d, load(weight + d));
+  if (d < depth) add(d, load_first(weight + d, depth - d));
   SEP_ATTN_UNROLL
   for (int t = 0; t < kTokens; ++t) results[t] = reduce_sum<T>(sums[t]);
 }
 
-template <typename T, int kTokens = kLanes<T> / 2>
-SEP_ATTN_INLINE void dot_tail(int64_t tokens, const T* weight, const T* rows, int64_t stride,
-                              int64_t channels, T* results) {
+template <typename T, int kTokens = kLanes<T> / 2, typename P>
+SEP_ATTN_INLINE void dot_tail(int64_t tokens, const P* weight, const P* rows, int64_t stride,
+                              int64_t depth, T* results) {
   if (tokens == kTokens) {
-    dot_tail<kTokens>(weight, rows, stride, channels, results);
+    dot_tail<kTokens>(weight, rows, stride, depth, results);
   } else if constexpr (kTokens > 1) {
-    dot_tail<T, kTokens - 1>(tokens, weight, rows, stride, channels, results);
+    dot_tail<T, kTokens - 1>(tokens, weight, rows, stride, depth, results);
   }
 }
 
 template <typename S, Activation kActivation>
 class AttentionForwardPass {
   using T = Accumulate<S>;
+  // Operands of the two products, which hold kElements values of type E each.
+  using P = typename OperandTypes<S>::Type;
+  using E = typename OperandTypes<S>::Element;
+  static constexpr int64_t kElements = OperandTypes<S>::kElements;
   static constexpr int64_t kWidth = kPanelWidth<T>;
+  static_assert(sizeof(P) == sizeof(T), "tiles and panels hold either");
+  static_assert(kBlockRows % kElements == 0, "a part of the rows holds whole operands");
   static constexpr int64_t kLanePanels = larger(1, 128 / kWidth);  // of a tile of lanes, at most
   static constexpr int64_t kMostPatterns = 2 * kLanePanels * kPanelVectors;
 
@@ -61,6 +68,7 @@ class AttentionForwardPass {
         channels_(op.grid.channels),
         slices_(op.grid.slices()),
         tokens_(op.grid.batch * op.grid.height * op.grid.width),
+        depth_(product_depth<S>(channels_)),
         padded_(round_up(channels_, kWidth)),
         tile_stride_(padded_ + kLanes<T>),
         tile_size_(larger(kTileRows, kChunkTokens) * tile_stride_),
@@ -221,13 +229,15 @@ class AttentionForwardPass {
     });
   }
 
-  void run_row_tile(Range tokens, Panels<T> value_panels, Panels<T> out_panels, T* x_tile) const {
+  void run_row_tile(Range tokens, Panels<P> value_panels, Panels<P> out_panels, T* tiles) const {
     const int64_t first = tokens.begin;
     const int64_t count = tokens.count();
-    T* gated_tile = x_tile + tile_size_;
-    T* context_tile = gated_tile + tile_size_;
+    P* x_tile = reinterpret_cast<P*>(tiles);
+    P* gated_tile = x_tile + tile_size_;
+    T* context_tile = tiles + 2 * tile_size_;
     const T* contexts[kTileRows];
-    const Rows<const T> rows = read_rows(op_.grid, x(), first, count, x_tile, tile_stride_);
+    const Rows<const P> rows = read_rows(op_.grid, x(), first, count, x_tile, tile_stride_);
+    const Rows<E> gated = elements(gated_tile, tile_stride_);
     for (int64_t t = 0; t < count;) {
       const TokenWalk walk(op_.grid, first + t);
       const T* row = padded_row(context(walk.slice()), channels_, context_tile + t * tile_stride_);
@@ -235,56 +245,73 @@ class AttentionForwardPass {
       for (; t < end; ++t) contexts[t] = row;
     }
     const bool more = rows.data != x_tile && first >= count;
-    multiply<T, LeftOperand::kRows>(
-        count, channels_, channels_, rows.data, rows.stride, value_panels,
-        StoreGated<T, kActivation>{
-            gated_tile,
-            tile_stride_,
+    multiply<P, LeftOperand::kRows>(
+        count, channels_, depth_, rows.data, rows.stride, value_panels,
+        StoreGated<T, kActivation, E>{
+            gated.data,
+            gated.stride,
             value_bias(),
             contexts,
-            {more ? rows.data - count * rows.stride : rows.data, rows.stride},
+            elements(more ? rows.data - count * rows.stride : rows.data, rows.stride),
             {op_.values == nullptr ? nullptr : values() + first * channels_, channels_}});
+    for (int64_t t = 0; half_pair() && t < count; ++t) {
+      gated.data[t * gated.stride + channels_] = E{};
+    }
     if constexpr (std::is_same<S, T>::value) {
       if (channels_ % kLanes<T> == 0 && tokens_in_place<S>(op_.out_grid, first, count)) {
         T* target = out() + token_offset(op_.out_grid, token_position(op_.out_grid, first));
-        multiply<T, LeftOperand::kRows>(
-            count, channels_, channels_, gated_tile, tile_stride_, out_panels,
+        multiply<P, LeftOperand::kRows>(
+            count, channels_, depth_, gated_tile, tile_stride_, out_panels,
             StoreBiased<T>{target, op_.out_grid.stride_width, out_bias()});
         return;
       }
     }
-    multiply<T, LeftOperand::kRows>(count, channels_, channels_, gated_tile, tile_stride_,
-                                    out_panels, StoreBiased<T>{x_tile, tile_stride_, out_bias()});
-    scatter_tokens(op_.out_grid, out(), first, count, x_tile, tile_stride_);
+    multiply<P, LeftOperand::kRows>(count, channels_, depth_, gated_tile, tile_stride_, out_panels,
+                                    StoreBiased<T>{tiles, tile_stride_, out_bias()});
+    scatter_tokens(op_.out_grid, out(), first, count, tiles, tile_stride_);
+  }
+
+  // True when the last operand of a row is a pair with one channel in it.
+  bool half_pair() const { return kElements * depth_ > channels_; }
+
+  // Rows of operands as rows of what they hold.
+  static Rows<E> elements(P* rows, int64_t stride) {
+    return {reinterpret_cast<E*>(rows), kElements * stride};
+  }
+  static Rows<const E> elements(const P* rows, int64_t stride) {
+    return {reinterpret_cast<const E*>(rows), kElements * stride};
   }
 
   // ---- Tokens as lanes, weights where they lie ----
 
-  // W_V and W_O as rows of T: where they lie, or converted by convert_weights.
+  // W_V and W_O as rows of operands: where they lie, or converted by convert_weights.
   struct LaneWeights {
-    const T* value;
-    const T* out;
+    const P* value;
+    const P* out;
     int64_t value_stride, out_stride;
   };
-  int64_t converted_size() const {
-    return std::is_same<S, T>::value ? 0 : 2 * channels_ * channels_;
+  bool weights_in_place() const {
+    return std::is_same<S, E>::value && channels_ % kElements == 0 &&
+           qkv_weight_.stride() % kElements == 0 && out_weight_.stride() % kElements == 0;
   }
-  LaneWeights lane_weights(const Buffer<T>& converted) const {
-    if constexpr (std::is_same<S, T>::value) {
-      return {qkv_weight_.row(1 + channels_), out_weight_.row(0), qkv_weight_.stride(),
-              out_weight_.stride()};
+  int64_t converted_size() const { return weights_in_place() ? 0 : 2 * channels_ * depth_; }
+  LaneWeights lane_weights(const Buffer<P>& converted) const {
+    if (weights_in_place()) {
+      return {reinterpret_cast<const P*>(qkv_weight_.row(1 + channels_)),
+              reinterpret_cast<const P*>(out_weight_.row(0)), qkv_weight_.stride() / kElements,
+              out_weight_.stride() / kElements};
     }
-    return {converted.get(), converted.get() + channels_ * channels_, channels_, channels_};
+    return {converted.get(), converted.get() + channels_ * depth_, depth_, depth_};
   }
-  void convert_weights(const Buffer<T>& converted, Worker& worker) const {
-    if (std::is_same<S, T>::value) return;
+  void convert_weights(const Buffer<P>& converted, Worker& worker) const {
+    if (weights_in_place()) return;
     const int64_t parts = (channels_ + 31) / 32;
     worker.share_out(parts, [&](int64_t part) {
       const Range own = share(channels_, part, parts);
       copy_rows(qkv_weight_.row(1 + channels_ + own.begin), qkv_weight_.stride(), own.count(),
-                channels_, converted.get() + own.begin * channels_, channels_);
+                channels_, converted.get() + own.begin * depth_, depth_);
       copy_rows(out_weight_.row(own.begin), out_weight_.stride(), own.count(), channels_,
-                converted.get() + (channels_ + own.begin) * channels_, channels_);
+                converted.get() + (channels_ + own.begin) * depth_, depth_);
     });
   }
 
@@ -294,26 +321,29 @@ class AttentionForwardPass {
     const Range tail = {tokens_ - tail_tokens(), tokens_};
     const Range on_lanes = {0, tail.begin};
     const int64_t panels = panels_in<T>(on_lanes.count());
-    const int64_t panel_size = channels_ * kWidth;
+    const int64_t panel_size = depth_ * kWidth;
     const int64_t blocks = (channels_ + kBlockRows - 1) / kBlockRows;
     // A tail reads the weights again: block by block, while they are in cache.
     const int64_t parts = workers_ == 1 && tail.count() == 0 ? 1 : blocks;
     const int64_t part_rows = parts == 1 ? channels_ : kBlockRows;
     const int64_t x_vectors = panels * kPanelVectors;
-    const Buffer<T> lanes(2 * panels * panel_size);
-    const Buffer<T> tails(2 * tail.count() * padded_);
+    const Buffer<P> lanes(2 * panels * panel_size);
+    const Buffer<P> tails(2 * tail.count() * padded_);
     const bool moves_values = op_.values != nullptr && !values_on_lanes(op_.grid);
     const Buffer<T> value_lanes(moves_values ? round_up(tokens_, kValuesWidth) * channels_ : 0);
-    const Buffer<T> converted(converted_size());
+    const Buffer<P> converted(converted_size());
     const Buffer<T> worker_tiles(workers_ * panels * part_rows * kWidth);
     const Buffer<LaneContext<T>> contexts(workers_ * x_vectors);
     const Buffer<LaneSlices<T>> slices(workers_ * x_vectors);
-    const LanePanel<T> x_lanes = {lanes.get(), panel_size};
-    const LanePanel<T> gated_lanes = {x_lanes.data + panels * panel_size, panel_size};
-    T* x_tail = tails.get();
-    T* gated_tail = x_tail + tail.count() * padded_;
+    const LanePanel<P> x_lanes = {lanes.get(), panel_size};
+    const LanePanel<P> gated_lanes = {x_lanes.data + panels * panel_size, panel_size};
+    P* x_tail = tails.get();
+    P* gated_tail = x_tail + tail.count() * padded_;
     const LaneWeights weights = lane_weights(converted);
-    const auto rows_of = [&](int64_t part) { return share(channels_, part, parts); };
+    const auto rows_of = [&](int64_t part) {  // whole operands of the second product
+      const Range own = share(depth_, part, parts);
+      return Range{own.begin * kElements, smaller(own.end * kElements, channels_)};
+    };
     run_workers(parallel_, workers_, [&](Worker& worker) {
       LaneContext<T>* own_contexts = contexts.get() + worker.index() * x_vectors;
       T* own_tile = worker_tiles.get() + worker.index() * panels * part_rows * kWidth;
@@ -324,10 +354,11 @@ class AttentionForwardPass {
         const int64_t first = smaller(i * kLanes<T>, on_lanes.end);
         gather_channels(op_.grid, x(), first, smaller(kLanes<T>, on_lanes.end - first),
                         x_lanes.at(0, i * kLanes<T>), kWidth, int64_t{kLanes<T>});
+        clear_last_row(gated_lanes.at(depth_ - 1, i * kLanes<T>), kLanes<T>);
       });
       worker.share_out(smaller(1, tail.count()), [&](int64_t) {
         gather_tokens(op_.grid, x(), tail.begin, tail.count(), x_tail, padded_, padded_);
-        for (int64_t i = 0; i < tail.count() * padded_; ++i) gated_tail[i] = 0;
+        for (int64_t i = 0; i < tail.count() * padded_; ++i) gated_tail[i] = P{};
       });
       pool(worker);
       worker.wait();
@@ -340,11 +371,12 @@ class AttentionForwardPass {
         find_contexts.find(on_lanes, rows, own_contexts);
         const KeptLanes<T> own_values = {
             value_lanes.get() != nullptr ? value_lanes.get() : values(), channels_, rows.begin, 0};
-        multiply<T, LeftOperand::kRows>(
-            rows.count(), on_lanes.count(), channels_,
-            weights.value + rows.begin * weights.value_stride, weights.value_stride,
-            Panels<T>{x_lanes.data, panel_size, kWidth},
-            StoreGatedLanes<T, kActivation>{{gated_lanes.data + rows.begin * kWidth, panel_size},
+        multiply<P, LeftOperand::kRows>(rows.count(), on_lanes.count(), depth_,
+                                        weights.value + rows.begin * weights.value_stride,
+                                        weights.value_stride,
+                                        Panels<P>{x_lanes.data, panel_size, kWidth},
+                                        StoreGatedLanes<T, kActivation, P>{
+                                            {gated_lanes.at(rows.begin / kElements, 0), panel_size},
                                             value_bias() + rows.begin,
                                             own_contexts,
                                             own_values});
@@ -354,33 +386,39 @@ class AttentionForwardPass {
       worker.wait();
       worker.share_out(parts, [&](int64_t part) {
         store_out_rows(on_lanes, rows_of(part), weights,
-                       Panels<T>{gated_lanes.data, panel_size, kWidth}, own_tile);
+                       Panels<P>{gated_lanes.data, panel_size, kWidth}, own_tile);
         store_out_tail(tail, rows_of(part), weights, gated_tail);
       });
     });
   }
 
-  void gate_tail(Range tail, Range rows, const LaneWeights& weights, const T* x_tail,
-                 T* gated_tail) const {
+  // The last row of a panel of gated values, where the second product reads more than is stored.
+  void clear_last_row(P* row, int64_t count) const {
+    for (int64_t i = 0; half_pair() && i < count; ++i) row[i] = P{};
+  }
+
+  void gate_tail(Range tail, Range rows, const LaneWeights& weights, const P* x_tail,
+                 P* gated_tail) const {
     if (tail.count() == 0) return;
     const T* own_contexts[kLanes<T>];
     TokenWalk walk(op_.grid, tail.begin);
     for (int64_t t = 0; t < tail.count(); ++t, walk.next()) own_contexts[t] = context(walk.slice());
     T sums[kLanes<T>] = {};
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      dot_tail<T>(tail.count(), weights.value + row * weights.value_stride, x_tail, padded_,
-                  channels_, sums);
+      dot_tail<T>(tail.count(), weights.value + row * weights.value_stride, x_tail, padded_, depth_,
+                  sums);
       for (int64_t t = 0; t < tail.count(); ++t) {
         const T value = sums[t] + value_bias()[row];
         if (op_.values != nullptr) *kept_value(tail.begin + t, row) = value;
         const bool off = kActivation == Activation::kRelu && value < 0;  // keeps NaN
-        gated_tail[t * padded_ + row] = (off ? T{0} : value) * own_contexts[t][row];
+        store_one(elements(gated_tail + t * padded_, padded_).data + row,
+                  (off ? T{0} : value) * own_contexts[t][row]);
       }
     }
   }
 
   void store_out_tail(Range tail, Range rows, const LaneWeights& weights,
-                      const T* gated_tail) const {
+                      const P* gated_tail) const {
     if (tail.count() == 0) return;
     S* targets[kLanes<T>];
     TokenWalk walk(op_.out_grid, tail.begin);
@@ -389,8 +427,8 @@ class AttentionForwardPass {
     }
     T sums[kLanes<T>] = {};
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      dot_tail<T>(tail.count(), weights.out + row * weights.out_stride, gated_tail, padded_,
-                  channels_, sums);
+      dot_tail<T>(tail.count(), weights.out + row * weights.out_stride, gated_tail, padded_, depth_,
+                  sums);
       for (int64_t t = 0; t < tail.count(); ++t) {
         store_one(targets[t] + row * op_.out_grid.stride_channel, sums[t] + out_bias()[row]);
       }
@@ -407,11 +445,11 @@ class AttentionForwardPass {
   }
 
   // The output product for some rows of W_O and the tokens of some panels.
-  void store_out_rows(Range tokens, Range rows, const LaneWeights& weights, Panels<T> gated,
+  void store_out_rows(Range tokens, Range rows, const LaneWeights& weights, Panels<P> gated,
                       T* out_tile) const {
     multiply_into_tokens<LeftOperand::kRows>(
         op_.out_grid, out() + rows.begin * op_.out_grid.stride_channel, tokens, rows.count(),
-        channels_, weights.out + rows.begin * weights.out_stride, weights.out_stride, gated,
+        depth_, weights.out + rows.begin * weights.out_stride, weights.out_stride, gated,
         out_bias() + rows.begin, out_tile);
   }
 
@@ -419,7 +457,7 @@ class AttentionForwardPass {
   // faster than copying it by tiles while it stays in the worker's own second cache.
   bool pools_into_lanes() const {
     constexpr int64_t most_bytes = 1 << 19;
-    return workers_ == 1 && pools_strips_ && op_.x == op_.x_prev &&
+    return std::is_same<P, T>::value && workers_ == 1 && pools_strips_ && op_.x == op_.x_prev &&
            same_places(op_.grid, op_.prev_grid) && op_.grid.width % kLanes<T> == 0 &&
            tokens_ * channels_ * static_cast<int64_t>(sizeof(T)) <= most_bytes;
   }
@@ -448,7 +486,7 @@ class AttentionForwardPass {
     const Buffer<T> lanes(workers_ * lanes_size);
     const Buffer<LaneSlices<T>> slices(workers_ * kMostPatterns);
     const Buffer<T> pooled_lanes(pools_into_lanes() ? panels_in<T>(tokens_) * panel_size : 0);
-    const Buffer<T> converted(converted_size());
+    const Buffer<P> converted(converted_size());
     const LaneWeights weights = lane_weights(converted);
     pool_.lanes.data = pooled_lanes.get();
     run_workers(parallel_, workers_, [&](Worker& worker) {
@@ -472,32 +510,35 @@ class AttentionForwardPass {
 
   void run_lane_tile(Range tokens, const LaneWeights& weights, LaneContexts<T>& find_contexts,
                      T* scratch) const {
-    const int64_t panel_size = channels_ * kWidth;
-    LanePanel<T> x_lanes = {scratch, panel_size};
-    const LanePanel<T> gated_lanes = {scratch + kLanePanels * panel_size, panel_size};
-    T* out_tile = scratch + 2 * kLanePanels * panel_size;
+    const int64_t room = kLanePanels * channels_ * kWidth, panel_size = depth_ * kWidth;
+    LanePanel<P> x_lanes = {reinterpret_cast<P*>(scratch), panel_size};
+    const LanePanel<P> gated_lanes = {reinterpret_cast<P*>(scratch + room), panel_size};
+    T* out_tile = scratch + 2 * room;
     LaneContext<T> contexts[kLanePanels * kPanelVectors];
     if (pool_.lanes.data != nullptr) {
-      x_lanes.data = pool_.lanes.at(0, tokens.begin);
+      x_lanes.data = reinterpret_cast<P*>(pool_.lanes.at(0, tokens.begin));
     } else {
       for (int64_t i = 0; i < tokens.count(); i += kWidth) {
         gather_channels(op_.grid, x(), tokens.begin + i, smaller(kWidth, tokens.count() - i),
                         x_lanes.at(0, i), kWidth, kWidth);
       }
     }
+    for (int64_t i = 0; i < tokens.count(); i += kWidth) {
+      clear_last_row(gated_lanes.at(depth_ - 1, i), kWidth);
+    }
     find_contexts.find(tokens, {0, channels_}, contexts);
-    multiply<T, LeftOperand::kRows>(
-        channels_, tokens.count(), channels_, weights.value, weights.value_stride,
-        Panels<T>{x_lanes.data, panel_size, kWidth},
-        StoreGatedLanes<T, kActivation>{
+    multiply<P, LeftOperand::kRows>(
+        channels_, tokens.count(), depth_, weights.value, weights.value_stride,
+        Panels<P>{x_lanes.data, panel_size, kWidth},
+        StoreGatedLanes<T, kActivation, P>{
             gated_lanes, value_bias(), contexts, {values(), channels_, 0, tokens.begin}});
-    store_out_rows(tokens, {0, channels_}, weights, Panels<T>{gated_lanes.data, panel_size, kWidth},
+    store_out_rows(tokens, {0, channels_}, weights, Panels<P>{gated_lanes.data, panel_size, kWidth},
                    out_tile);
   }
 
   const AttentionForward& op_;
   const ParallelFor& parallel_;
-  const int64_t channels_, slices_, tokens_;
+  const int64_t channels_, slices_, tokens_, depth_;
   const int64_t padded_, tile_stride_, tile_size_;  // a tile's rows spread over cache sets
   const int64_t workers_;
   const bool pools_strips_;
@@ -510,6 +551,16 @@ class AttentionForwardPass {
   const Buffer<T> tiles_;
   PoolOperands<S> pool_;
 };
+
+template <typename S>
+void run_forward(const AttentionForward& op, const ParallelFor& parallel) {
+  if (op.grid.batch == 0) return;
+  if (op.activation == Activation::kRelu) {
+    AttentionForwardPass<S, Activation::kRelu>(op, parallel).run();
+  } else {
+    AttentionForwardPass<S, Activation::kIdentity>(op, parallel).run();
+  }
+}
 
 }  // namespace SEP_ATTN_CAPABILITY
 }  // namespace sep_attn

@@ -107,9 +107,9 @@ constexpr int64_t kFarBytes = 8 << 20;
 // target[t, row] = bias[row] + sum_k A[row, k] B[k, t]: `rows` channels, from that of `target` on,
 // of an operand's tokens [tokens). A as in multiply_block; `tile` has room for
 // [panels of tokens, rows, kPanelWidth].
-template <LeftOperand kLeft, typename S, typename T>
+template <LeftOperand kLeft, typename S, typename P, typename T>
 void multiply_into_tokens(const TokenGrid& grid, S* target, Range tokens, int64_t rows,
-                          int64_t depth, const T* a, int64_t stride, Panels<T> b, const T* bias,
+                          int64_t depth, const P* a, int64_t stride, Panels<P> b, const T* bias,
                           T* tile) {
   constexpr int64_t width = kPanelWidth<T>;
   if constexpr (std::is_same<S, T>::value) {
@@ -117,7 +117,7 @@ void multiply_into_tokens(const TokenGrid& grid, S* target, Range tokens, int64_
     for_each_run(grid, tokens.begin, tokens.count(), [&](int64_t, int64_t, int64_t) { ++runs; });
     if (grid.stride_width == 1 && runs == 1) {
       const int64_t bytes = grid.batch * grid.height * grid.width * grid.channels * sizeof(S);
-      multiply<T, kLeft>(
+      multiply<P, kLeft>(
           rows, tokens.count(), depth, a, stride, b,
           StoreTokens<T>{target + token_offset(grid, token_position(grid, tokens.begin)),
                          grid.stride_channel, tokens.count(), bias, bytes >= kFarBytes});
@@ -125,7 +125,7 @@ void multiply_into_tokens(const TokenGrid& grid, S* target, Range tokens, int64_
     }
   }
   const int64_t panel_size = rows * width;
-  multiply<T, kLeft>(rows, tokens.count(), depth, a, stride, b,
+  multiply<P, kLeft>(rows, tokens.count(), depth, a, stride, b,
                      StoreLanes<T>{{tile, panel_size}, bias});
   TokenGrid own_channels = grid;
   own_channels.channels = rows;

@@ -34,13 +34,14 @@ enum class LeftOperand { kRows, kColumns };
 
 // place = result.place(row, column) says where a block begins; place.finish(r, v, sum) receives
 // place.start(r, v) + sum_k A[row + r, k] B[k, column + v * lanes] for kRows x kVectors vectors.
+// Where T is a pair of values, so is every element: `depth` counts pairs, a product is of two.
 // A[r, k] is a[r * stride + k] for kRows and a[k * stride + r] for kColumns.
 template <typename T, LeftOperand kLeft, int kRows, int kVectors, typename Result>
 SEP_ATTN_INLINE void multiply_block(int64_t depth, const T* a, int64_t stride, const T* b,
                                     int64_t row_stride, int64_t row, int64_t column,
                                     const Result& result) {
   const auto place = result.place(row, column);
-  Vec<T> sums[kRows][kVectors];
+  SumVec<T> sums[kRows][kVectors];
   SEP_ATTN_UNROLL
   for (int r = 0; r < kRows; ++r) {
     SEP_ATTN_UNROLL
@@ -69,7 +70,7 @@ SEP_ATTN_INLINE void multiply_block(int64_t depth, const T* a, int64_t stride, c
       const Vec<T> left = broadcast<T>(
           kLeft == LeftOperand::kRows ? bases[r / kGroup][r % kGroup * stride] : bases[0][r]);
       SEP_ATTN_UNROLL
-      for (int v = 0; v < kVectors; ++v) sums[r][v] += left * panel[v];
+      for (int v = 0; v < kVectors; ++v) add_product(sums[r][v], left, panel[v]);
     }
     SEP_ATTN_UNROLL
     for (int i = 0; i < kBases; ++i) bases[i] += kLeft == LeftOperand::kRows ? 1 : stride;

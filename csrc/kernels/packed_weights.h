@@ -8,6 +8,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "bfloat16_products.h"
 #include "kernels.h"
 #include "products.h"
 #include "scratch.h"
@@ -58,7 +59,7 @@ inline void fingerprint(const void* rows, int64_t stride_bytes, int64_t count, i
 
 template <typename S>
 class PackedWeights {
-  using T = Accumulate<S>;
+  using P = typename OperandTypes<S>::Type;
 
   struct Header {
     std::atomic<uint32_t> in_use;  // 0 in memory that was never used
@@ -68,11 +69,13 @@ class PackedWeights {
 
  public:
   static constexpr int64_t kHeaderBytes = 64;
-  static int64_t panel_size(int64_t channels) { return channels * kPanelWidth<T>; }
+  static int64_t panel_size(int64_t channels) {
+    return product_depth<S>(channels) * kPanelWidth<P>;
+  }
   static int64_t bytes(int64_t channels) {
     return kHeaderBytes +
-           2 * panels_in<T>(channels) *
-               (kFingerprintBytes + panel_size(channels) * static_cast<int64_t>(sizeof(T)));
+           2 * panels_in<P>(channels) *
+               (kFingerprintBytes + panel_size(channels) * static_cast<int64_t>(sizeof(P)));
   }
 
   // `memory` (null: none) is used when it is large enough and no other call is using it.
@@ -81,7 +84,7 @@ class PackedWeights {
       : qkv_weight_(qkv_weight),
         out_weight_(out_weight),
         channels_(channels),
-        panels_(panels_in<T>(channels)),
+        panels_(panels_in<P>(channels)),
         header_(acquire(memory, memory_bytes)),
         own_(header_ == nullptr ? 2 * panels_ * panel_size(channels) : 0) {
     if (header_ == nullptr) {
@@ -89,10 +92,10 @@ class PackedWeights {
       return;
     }
     fingerprints_ = reinterpret_cast<char*>(header_) + kHeaderBytes;
-    data_ = reinterpret_cast<T*>(fingerprints_ + 2 * panels_ * kFingerprintBytes);
+    data_ = reinterpret_cast<P*>(fingerprints_ + 2 * panels_ * kFingerprintBytes);
     constexpr uint32_t bfloat16 = std::is_same<S, BFloat16>::value;  // as large as Float16
-    constexpr uint32_t layout =
-        bfloat16 << 31 | kPanelWidth<T> << 16 | kVectorBytes << 8 | sizeof(S);
+    constexpr uint32_t layout = bfloat16 << 31 | OperandTypes<S>::kElements << 28 |
+                                kPanelWidth<P> << 16 | kVectorBytes << 8 | sizeof(S);
     fresh_ = header_->layout != layout || header_->channels != channels_;
     header_->layout = layout;
     header_->channels = channels_;
@@ -106,14 +109,14 @@ class PackedWeights {
   // There are `count()` pieces of work; the panels can be used when all are done.
   int64_t count() const { return 2 * panels_; }
   void prepare(int64_t index) const {
-    const int64_t first = index % panels_ * kPanelWidth<T>;
+    const int64_t first = index % panels_ * kPanelWidth<P>;
     const bool value = index < panels_;
     const S* rows = (value ? qkv_weight_.row(1 + channels_) : out_weight_.row(0));
     const int64_t stride = value ? qkv_weight_.stride() : out_weight_.stride();
     if (header_ != nullptr) {
       alignas(64) char now[kFingerprintBytes];
       fingerprint(rows + first * stride, stride * static_cast<int64_t>(sizeof(S)),
-                  smaller(kPanelWidth<T>, channels_ - first),
+                  smaller(kPanelWidth<P>, channels_ - first),
                   channels_ * static_cast<int64_t>(sizeof(S)), now);
       char* kept = fingerprints_ + index * kFingerprintBytes;
       if (!fresh_ && std::memcmp(now, kept, kFingerprintBytes) == 0) return;
@@ -123,9 +126,9 @@ class PackedWeights {
                data_ + index * panel_size(channels_));
   }
 
-  Panels<T> value() const { return {data_, panel_size(channels_), kPanelWidth<T>}; }
-  Panels<T> out() const {
-    return {data_ + panels_ * panel_size(channels_), panel_size(channels_), kPanelWidth<T>};
+  Panels<P> value() const { return {data_, panel_size(channels_), kPanelWidth<P>}; }
+  Panels<P> out() const {
+    return {data_ + panels_ * panel_size(channels_), panel_size(channels_), kPanelWidth<P>};
   }
 
  private:
@@ -138,9 +141,9 @@ class PackedWeights {
   const WeightRows<S>&qkv_weight_, &out_weight_;
   const int64_t channels_, panels_;
   Header* const header_;
-  const Buffer<T> own_;
+  const Buffer<P> own_;
   char* fingerprints_ = nullptr;
-  T* data_;
+  P* data_;
   bool fresh_ = false;
 };
 

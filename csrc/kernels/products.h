@@ -43,6 +43,13 @@ struct Tiles {
 
 // ---- Operands ----
 
+// The depth of a product over so many channels.
+template <typename S>
+constexpr int64_t product_depth(int64_t channels) {
+  constexpr int64_t elements = OperandTypes<S>::kElements;
+  return (channels + elements - 1) / elements;
+}
+
 // A matrix of weights with contiguous rows: the given one, or a copy when its rows are not.
 template <typename S>
 class WeightRows {
@@ -92,15 +99,18 @@ struct Rows {
   int64_t stride;
 };
 
-// True when the tokens can be used where they lie: computed in their own type, channels contiguous
-// and all equally far apart.
-template <typename S>
-bool tokens_in_place(const TokenGrid& grid, int64_t first, int64_t count) {
-  if (!std::is_same<S, Accumulate<S>>::value) return false;
+// True when channels are contiguous and the tokens all equally far apart.
+inline bool tokens_are_rows(const TokenGrid& grid, int64_t first, int64_t count) {
   if (grid.stride_channel != 1 && grid.channels != 1) return false;
   int64_t runs = 0;
   for_each_run(grid, first, count, [&](int64_t, int64_t, int64_t) { ++runs; });
   return runs == 1;
+}
+
+// The same where the tokens are computed in their own type: they can be used where they lie.
+template <typename S>
+bool tokens_in_place(const TokenGrid& grid, int64_t first, int64_t count) {
+  return std::is_same<S, Accumulate<S>>::value && tokens_are_rows(grid, first, count);
 }
 
 // Tokens [first, first + count) as rows: where they lie, or gathered into the tile.
@@ -210,38 +220,55 @@ SEP_ATTN_INLINE Vec<T> activate(Vec<T> v) {
   return kActivation == Activation::kRelu ? maximum(zero<T>(), v) : v;  // keeps NaN
 }
 
-template <typename T, Activation kActivation>
+// Stores as E, an element of the next product's operand.
+template <typename T, Activation kActivation, typename E = T>
 struct StoreGated {
-  T* target;
+  E* target;
   int64_t stride;
   const T* bias;
   const T* const* context;  // of each row
-  Rows<const T> next;       // the tile to come
+  Rows<const E> next;       // the tile to come
   Rows<T> values;           // receives the values before the activation, unless null
 
-  struct Place : StoreBiased<T>::Place {
+  struct Place {
+    E* at;
+    int64_t stride;
+    const T* bias;
     const T* const* context;
     int64_t column;
-    const T* next;
+    const E* next;
     int64_t next_stride;
     T* values;
     int64_t values_stride;
 
+    SEP_ATTN_INLINE Vec<T> start(int, int v) const { return load(bias + v * kLanes<T>); }
     SEP_ATTN_INLINE void finish(int r, int v, Vec<T> value) const {
       if (values != nullptr) store(values + r * values_stride + v * kLanes<T>, value);
       __builtin_prefetch(next + r * next_stride + v * kLanes<T>, 0, 2);
-      store(this->at + r * this->stride + v * kLanes<T>,
-            activate<T, kActivation>(value) * load(context[r] + column + v * kLanes<T>));
+      const Vec<T> c = load(context[r] + column + v * kLanes<T>);
+      store(at + r * stride + v * kLanes<T>, activate<T, kActivation>(value) * c);
     }
   };
   SEP_ATTN_INLINE Place place(int64_t row, int64_t column) const {
-    return {{{target + row * stride + column, stride}, bias + column},
+    return {target + row * stride + column,
+            stride,
+            bias + column,
             context + row,
             column,
             next.data + row * next.stride + column,
             next.stride,
             values.data == nullptr ? nullptr : values.data + row * values.stride + column,
             values.stride};
+  }
+};
+
+// Where the values of a block go that begins at a row of a LanePanel.
+template <typename T>
+struct LanePlace {
+  T* at;
+
+  SEP_ATTN_INLINE void store_row(int r, int v, Vec<T> value) const {
+    store(at + r * kPanelWidth<T> + v * kLanes<T>, value);
   }
 };
 
@@ -255,6 +282,9 @@ struct LanePanel {
     constexpr int64_t width = kPanelWidth<T>;
     return data + column / width * panel_stride + row * width + column % width;
   }
+  SEP_ATTN_INLINE LanePlace<T> place(int64_t row, int64_t column) const {
+    return {at(row, column)};
+  }
 };
 
 template <typename T>
@@ -263,16 +293,14 @@ struct StoreLanes {
   const T* bias;  // of each row
 
   struct Place {
-    T* at;
+    LanePlace<T> target;
     const T* bias;
 
     SEP_ATTN_INLINE Vec<T> start(int r, int) const { return broadcast<T>(bias[r]); }
-    SEP_ATTN_INLINE void finish(int r, int v, Vec<T> sum) const {
-      store(at + r * kPanelWidth<T> + v * kLanes<T>, sum);
-    }
+    SEP_ATTN_INLINE void finish(int r, int v, Vec<T> sum) const { target.store_row(r, v, sum); }
   };
   SEP_ATTN_INLINE Place place(int64_t row, int64_t column) const {
-    return {target.at(row, column), bias + row};
+    return {target.place(row, column), bias + row};
   }
 };
 
@@ -330,29 +358,32 @@ struct LaneContext {
   const int64_t* slices;  // of every lane
 };
 
-template <typename T, Activation kActivation>
+template <typename T, Activation kActivation, typename P = T>
 struct StoreGatedLanes {
-  LanePanel<T> target;
+  LanePanel<P> target;
   const T* bias;                   // of each row
   const LaneContext<T>* contexts;  // of each vector of tokens
   KeptLanes<T> values;             // receives the values before the activation, unless null
 
-  struct Place : StoreLanes<T>::Place {
+  struct Place {
+    LanePlace<P> target;
+    const T* bias;
     LaneContext<T> contexts[kPanelVectors];
     int64_t row;
     T* values[kPanelVectors];
 
+    SEP_ATTN_INLINE Vec<T> start(int r, int) const { return broadcast<T>(bias[r]); }
     SEP_ATTN_INLINE void finish(int r, int v, Vec<T> value) const {
       if (values[v] != nullptr) store(values[v] + r * kValuesWidth, value);
       const LaneContext<T>& own = contexts[v];
       const Vec<T> c = own.shared != nullptr ? broadcast<T>(own.shared[row + r])
                                              : load(own.lanes + (row + r) * kLanes<T>);
-      StoreLanes<T>::Place::finish(r, v, activate<T, kActivation>(value) * c);
+      target.store_row(r, v, activate<T, kActivation>(value) * c);
     }
   };
   SEP_ATTN_INLINE Place place(int64_t row, int64_t column) const {
     const LaneContext<T>* own = contexts + column / kLanes<T>;
-    Place place{{target.at(row, column), bias + row}, {}, row, {}};
+    Place place{target.place(row, column), bias + row, {}, row, {}};
     for (int v = 0; v < kPanelVectors; ++v) {
       place.contexts[v] = own[v];
       if (values.data != nullptr) place.values[v] = values.at(row, column + v * kLanes<T>);

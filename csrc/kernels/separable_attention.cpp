@@ -9,16 +9,6 @@ namespace SEP_ATTN_CAPABILITY {
 namespace {
 
 template <typename S>
-void run_forward(const AttentionForward& op, const ParallelFor& parallel) {
-  if (op.grid.batch == 0) return;
-  if (op.activation == Activation::kRelu) {
-    AttentionForwardPass<S, Activation::kRelu>(op, parallel).run();
-  } else {
-    AttentionForwardPass<S, Activation::kIdentity>(op, parallel).run();
-  }
-}
-
-template <typename S>
 void run_backward(const AttentionBackward& op, const ParallelFor& parallel) {
   if (op.grid.batch == 0) {
     clear_weight_gradients<S>(op);

@@ -14,7 +14,7 @@
 #endif
 
 #ifndef SEP_ATTN_CAPABILITY
-#error "SEP_ATTN_CAPABILITY must name the instruction set (baseline, avx2, avx512 or neon)"
+#error "SEP_ATTN_CAPABILITY must name the instruction set (see CMakeLists.txt)"
 #endif
 
 #define SEP_ATTN_INLINE inline __attribute__((always_inline))
@@ -49,6 +49,7 @@ struct VectorTypes;
 #define SEP_ATTN_VECTOR_TYPES(T, I)                                                                \
   template <>                                                                                      \
   struct VectorTypes<T> {                                                                          \
+    typedef T Sum;                                                                                 \
     typedef T Vector __attribute__((vector_size(kVectorBytes)));                                   \
     typedef I Integer __attribute__((vector_size(kVectorBytes)));                                  \
     typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias)); \
@@ -62,6 +63,8 @@ template <typename T>
 using Vec = typename VectorTypes<T>::Vector;
 template <typename T>
 using IntVec = typename VectorTypes<T>::Integer;  // as wide a lane as T; the type of a comparison
+template <typename T>
+using SumVec = Vec<typename VectorTypes<T>::Sum>;  // in which products of Vec<T> are summed
 template <typename T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
@@ -77,6 +80,15 @@ struct AccumulateType<double> {
 template <typename S>
 using Accumulate = typename AccumulateType<S>::Type;
 
+// What the operands of a matrix product are made of where tokens and weights are stored as S:
+// values of type Element, kElements of them in one Type, which is what a lane holds.
+template <typename S>
+struct OperandTypes {
+  using Type = Accumulate<S>;
+  using Element = Accumulate<S>;
+  static constexpr int64_t kElements = 1;
+};
+
 // ---- Lanes ----
 
 template <typename T>
@@ -87,6 +99,11 @@ SEP_ATTN_INLINE Vec<T> broadcast(T value) {
 template <typename T>
 SEP_ATTN_INLINE Vec<T> zero() {
   return Vec<T>{};
+}
+
+template <typename V>
+SEP_ATTN_INLINE void add_product(V& sum, V a, V b) {
+  sum += a * b;
 }
 
 // The larger of each lane; the second operand where one of them is NaN.
@@ -221,10 +238,14 @@ SEP_ATTN_INLINE Vec<float> widen(HalfBits half, BFloat16) {
 
 // Rounds to nearest even; NaN stays NaN.
 SEP_ATTN_INLINE HalfBits narrow(Vec<float> value, BFloat16) {
+#if defined(__AVX512BF16__)
+  return (HalfBits)_mm512_cvtneps_pbh((__m512)value);  // subnormal results become zero
+#else
   const FloatBits bits = (FloatBits)value;
   const FloatBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const FloatBits quiet = (bits >> 16) | 0x40u;
   return __builtin_convertvector(value == value ? rounded : quiet, HalfBits);
+#endif
 }
 
 SEP_ATTN_INLINE Vec<float> widen(HalfBits half, Float16) {
@@ -312,6 +333,54 @@ SEP_ATTN_INLINE void store_one(float* p, float value) { *p = value; }
 SEP_ATTN_INLINE void store_one(double* p, double value) { *p = value; }
 SEP_ATTN_INLINE void store_one(BFloat16* p, float value) { store_first(p, broadcast(value), 1); }
 SEP_ATTN_INLINE void store_one(Float16* p, float value) { store_first(p, broadcast(value), 1); }
+
+// ---- Pairs of bfloat16 values, one pair a lane ----
+
+#if defined(__AVX512BF16__)
+
+struct BFloat16Pair {
+  BFloat16 first, second;
+};
+
+template <>
+struct VectorTypes<BFloat16Pair> {
+  typedef float Sum;
+  typedef int32_t Vector __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Integer __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Unaligned __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
+};
+template <>
+struct AccumulateType<BFloat16Pair> {
+  using Type = BFloat16Pair;  // moved about as it is
+};
+template <>
+struct OperandTypes<BFloat16> {
+  using Type = BFloat16Pair;
+  using Element = BFloat16;
+  static constexpr int64_t kElements = 2;
+};
+
+template <>
+SEP_ATTN_INLINE Vec<BFloat16Pair> broadcast<BFloat16Pair>(BFloat16Pair value) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  return Vec<BFloat16Pair>{} + bits;
+}
+
+// Each lane's two products, one after the other. Subnormal values count as zero.
+SEP_ATTN_INLINE void add_product(Vec<float>& sum, Vec<BFloat16Pair> a, Vec<BFloat16Pair> b) {
+  sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+
+// The first (half 0) or the second values (1) of the pairs at p, rounded; the others are left as
+// they are.
+SEP_ATTN_INLINE void store_half(BFloat16Pair* p, unsigned half, Vec<float> value) {
+  const FloatBits bits = __builtin_convertvector(narrow(value, BFloat16{}), FloatBits);
+  const __mmask32 mask = 0x55555555u << half;
+  _mm512_mask_storeu_epi16(p, mask, (__m512i)(bits | bits << 16));
+}
+
+#endif
 
 // ---- exp ----
 

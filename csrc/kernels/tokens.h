@@ -161,15 +161,15 @@ SEP_ATTN_INLINE void for_each_run(const TokenGrid& grid, int64_t first, int64_t 
 
 // tile[t * stride + d] = channel d of token first + t, for `count` tokens in storage order. Columns
 // from grid.channels up to `padded` are set to zero.
-template <typename S>
-void gather_tokens(const TokenGrid& grid, const S* data, int64_t first, int64_t count,
-                   Accumulate<S>* tile, int64_t stride, int64_t padded) {
+template <typename S, typename D>
+void gather_tokens(const TokenGrid& grid, const S* data, int64_t first, int64_t count, D* tile,
+                   int64_t stride, int64_t padded) {
   for_each_run(grid, first, count, [&](int64_t token, int64_t length, int64_t offset) {
     copy_matrix(data + offset, grid.stride_width, grid.stride_channel, length, grid.channels,
                 tile + token * stride, stride, int64_t{1});
   });
   for (int64_t t = 0; t < count; ++t) {
-    for (int64_t d = grid.channels; d < padded; ++d) tile[t * stride + d] = 0;
+    for (int64_t d = grid.channels; d < padded; ++d) tile[t * stride + d] = D{};
   }
 }
 
