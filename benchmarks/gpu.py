@@ -79,6 +79,7 @@ def steps(out: Path, *, dtype: str = "bfloat16") -> list[Step]:
     return [
         Step("build", ("setup.py", "build_ext", "--inplace"), 150),
         Step("describe", ("-m", "sep_attn"), 30),
+        Step("compile", ("-m", "benchmarks.precompile", "--dtype", dtype), 60),
         table("floor", 100),
         Step("tests", (*pytest, *TESTS, *workers, f"--junitxml={out / 'tests.xml'}"), 150),
         table("timm", 120),

@@ -61,6 +61,7 @@ ATTENTION_TOKENS = (
 )  # those with a target of their own first
 ATTENTION_WORK = 65_536  # tokens of all slices together, where they are more than one
 LATENCY_SHAPE = LayerShape(1, 256, 128)
+LONG_IN_MEMORY = registry.LONG_SLICES[:2]  # of the long slices, those of the memory table
 HOST_CALLS = 50  # issued one after another without waiting
 
 Row = dict[str, Any]
@@ -329,7 +330,7 @@ def cuda_peak(call: measure.Call) -> int:
 
 def memory_rows(
     settings: Settings,
-    layers: Sequence[LayerShape] = (*registry.MOBILEVITV2_LAYERS, *registry.LONG_SLICES[:2]),
+    layers: Sequence[LayerShape] = (*registry.MOBILEVITV2_LAYERS, *LONG_IN_MEMORY),
     peak: Callable[[measure.Call], int] = cuda_peak,
 ) -> Iterator[Row]:
     """Peak extra memory of forward and backward; x, weights and the gradient of out are there
