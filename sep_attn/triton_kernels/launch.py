@@ -410,8 +410,8 @@ def in_words(
     ptr,
     GROUPS: tl.constexpr,
     LAYOUT: tl.constexpr,  # of the operands
-    SECOND_LAYOUT: tl.constexpr = "",
-    THIRD_LAYOUT: tl.constexpr = "",
+    SECOND_LAYOUT: tl.constexpr = None,
+    THIRD_LAYOUT: tl.constexpr = None,
 ):
     # Changes nothing: says that rows hold whole groups, and that wide runs hold whole words.
     WORD: tl.constexpr = word_of(ptr.dtype)
