@@ -42,7 +42,7 @@ SANITIZER_TESTS = (
     "-k",
     "every_path_in_float16 or tiles_of_the_table",
 )
-TEST_WORKERS = 8
+TEST_WORKERS = min(12, environment.usable_cores())  # most of their time goes into compiling
 LAST_WORDS = 5  # seconds that a step has to end by itself once its time is over
 TAIL_LINES = 25  # of a failed step's output, printed
 

@@ -102,27 +102,30 @@ def measured(
     expected: dict[str, list[Tensor]] = {}
     for contender in contenders:
         family = contender.family
-        if family.name not in expected:
-            weights = family.weights(shape.dim).to(settings.device, settings.dtype)
-            expected[family.name] = registry.expected_results(family, weights, x, mode=mode)
         try:
+            if family.name not in expected:
+                weights = family.weights(shape.dim).to(settings.device, settings.dtype)
+                expected[family.name] = registry.expected_results(family, weights, x, mode=mode)
             module = build(settings, contender, shape.dim).train(mode == "training")
             registry.verify(contender, module, x, expected[family.name], mode=mode)
+            calls[contender.key] = timed_call(contender, module, x, mode=mode)
+            states[contender.key] = "timed"
         except measure.WrongResultError as error:
             states[contender.key] = f"refused: {error}"
         except Exception as error:  # one contender's failure must not cost the others' figures
             states[contender.key] = _failure(error)
-        else:
-            states[contender.key] = "timed"
-            calls[contender.key] = timed_call(contender, module, x, mode=mode)
     del expected
+    timings: dict[str, measure.Timing] = {}
     with torch.set_grad_enabled(mode == "training"):
-        timings = measure.interleaved(
-            calls,
-            seconds=settings.seconds if calls else 0.0,
-            min_rounds=3,
-            sample=measure.sampler_for(settings.device),
-        )
+        try:
+            timings = measure.interleaved(
+                calls,
+                seconds=settings.seconds if calls else 0.0,
+                min_rounds=3,
+                sample=measure.sampler_for(settings.device),
+            )
+        except Exception as error:  # nor one shape's those of the others
+            states |= dict.fromkeys(calls, _failure(error))
     return timings, states
 
 

@@ -100,6 +100,24 @@ def test_a_wrong_or_failing_layer_is_not_timed(
     assert rows[1]["status"] == "geomean over 0 of 1 layers"
 
 
+def test_a_layer_that_fails_while_it_is_timed_costs_no_other_row() -> None:
+    class Tiring(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            if self.calls > 1:
+                raise RuntimeError("out of memory")
+            return CONTENDERS[OURS].build(weights)(x)
+
+    weights = registry.SEPARABLE.weights(32).to("cpu", torch.float32)
+    tiring = dataclasses.replace(CONTENDERS[OURS], build=lambda _: Tiring())
+    timings, states = gpu_tables.measured(CPU, LayerShape(2, 16, 32), [tiring], mode="forward")
+    assert timings == {} and states == {OURS: "failed: RuntimeError: out of memory"}
+
+
 def test_attention_alone_and_in_a_batch() -> None:
     rows = list(gpu_tables.attention_rows(CPU, tokens=(64, 16), dim=128, work=64))
     assert [(row["batch"], row["tokens"]) for row in rows] == [(1, 64), (1, 16), (4, 16)]
