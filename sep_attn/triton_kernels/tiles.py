@@ -6,7 +6,8 @@ two. Its tokens are of one band (:mod:`sep_attn.triton_kernels.launch`), or, whe
 of BANDS bands side by side, each padded to BLOCK_N / BANDS rows. It holds SLICES = BANDS * GROUPS
 slices; slice ``s`` of the call is slot ``s % SLICES`` of tile ``s // SLICES``.
 
-What kernels know of it they hand about in two tuples:
+What kernels know of it they hand about in two tuples, plain ones, for Inductor writes a kernel's
+helpers anew and knows no classes:
 
 - ``grid``: ``bands``, ``tokens``, ``width``, ``patch_h`` and ``patch_w`` of
   :class:`~sep_attn.triton_kernels.launch.TokenGrid`, and ``band_tiles``, the tiles of a band;
