@@ -10,6 +10,7 @@ sweep, ``microbench.json``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -41,7 +42,8 @@ SANITIZER_TESTS = (
     "-k",
     "every_path_in_float16 or tiles_of_the_table",
 )
-TEST_WORKERS = 8
+TEST_WORKERS = min(12, environment.usable_cores())  # most of their time goes into compiling
+LAST_WORDS = 5  # seconds that a step has to end by itself once its time is over
 TAIL_LINES = 25  # of a failed step's output, printed
 
 
@@ -69,7 +71,7 @@ class Outcome:
 def steps(out: Path, *, dtype: str = "bfloat16") -> list[Step]:
     """All steps, most important first."""
     workers = ("-n", str(TEST_WORKERS)) if importlib.util.find_spec("xdist") else ()
-    pytest = ("-m", "pytest", "-p", "no:cacheprovider")
+    pytest = ("-m", "pytest", "-v", "-p", "no:cacheprovider")
     sweep_limit = 100
 
     def table(name: str, limit: float) -> Step:
@@ -79,6 +81,7 @@ def steps(out: Path, *, dtype: str = "bfloat16") -> list[Step]:
     return [
         Step("build", ("setup.py", "build_ext", "--inplace"), 150),
         Step("describe", ("-m", "sep_attn"), 30),
+        Step("compile", ("-m", "benchmarks.precompile", "--dtype", dtype), 60),
         table("floor", 100),
         Step("tests", (*pytest, *TESTS, *workers, f"--junitxml={out / 'tests.xml'}"), 150),
         table("timm", 120),
@@ -135,6 +138,9 @@ def run_step(step: Step, log: Path, *, limit: float) -> Outcome:
             status = "passed" if code == 0 else f"failed (exit {code})"
         except subprocess.TimeoutExpired:
             status = "out of time"
+            process.send_signal(signal.SIGINT)  # pytest then writes down what it has found
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=LAST_WORDS)
         finally:
             _end_group(process)
     return Outcome(step.name, status, round(time.monotonic() - start, 1))

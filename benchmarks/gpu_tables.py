@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import ceilings, environment, measure, plots, registry, report, roofline
+from benchmarks import ceilings, environment, measure, registry, report, roofline
 from benchmarks.ceilings import GpuRates
 from benchmarks.registry import CONTENDERS, MODES, OURS, Contender, LayerShape
 from sep_attn import backends
@@ -61,6 +62,7 @@ ATTENTION_TOKENS = (
 )  # those with a target of their own first
 ATTENTION_WORK = 65_536  # tokens of all slices together, where they are more than one
 LATENCY_SHAPE = LayerShape(1, 256, 128)
+LONG_IN_MEMORY = registry.LONG_SLICES[:2]  # of the long slices, those of the memory table
 HOST_CALLS = 50  # issued one after another without waiting
 
 Row = dict[str, Any]
@@ -100,28 +102,30 @@ def measured(
     expected: dict[str, list[Tensor]] = {}
     for contender in contenders:
         family = contender.family
-        if family.name not in expected:
-            weights = family.weights(shape.dim).to(settings.device, settings.dtype)
-            expected[family.name] = registry.expected_results(family, weights, x, mode=mode)
         try:
+            if family.name not in expected:
+                weights = family.weights(shape.dim).to(settings.device, settings.dtype)
+                expected[family.name] = registry.expected_results(family, weights, x, mode=mode)
             module = build(settings, contender, shape.dim).train(mode == "training")
             registry.verify(contender, module, x, expected[family.name], mode=mode)
+            calls[contender.key] = timed_call(contender, module, x, mode=mode)
+            states[contender.key] = "timed"
         except measure.WrongResultError as error:
             states[contender.key] = f"refused: {error}"
         except Exception as error:  # one contender's failure must not cost the others' figures
-            first_line = str(error).strip().partition("\n")[0]
-            states[contender.key] = f"failed: {type(error).__name__}: {first_line}"
-        else:
-            states[contender.key] = "timed"
-            calls[contender.key] = timed_call(contender, module, x, mode=mode)
+            states[contender.key] = _failure(error)
     del expected
+    timings: dict[str, measure.Timing] = {}
     with torch.set_grad_enabled(mode == "training"):
-        timings = measure.interleaved(
-            calls,
-            seconds=settings.seconds if calls else 0.0,
-            min_rounds=3,
-            sample=measure.sampler_for(settings.device),
-        )
+        try:
+            timings = measure.interleaved(
+                calls,
+                seconds=settings.seconds if calls else 0.0,
+                min_rounds=3,
+                sample=measure.sampler_for(settings.device),
+            )
+        except Exception as error:  # nor one shape's those of the others
+            states |= dict.fromkeys(calls, _failure(error))
     return timings, states
 
 
@@ -158,6 +162,11 @@ def _ratio(numerator: float | None, denominator: float | None) -> float | None:
     return numerator / denominator if numerator and denominator else None
 
 
+def _failure(error: Exception) -> str:
+    first_line = str(error).strip().partition("\n")[0]
+    return f"failed: {type(error).__name__}: {first_line}"
+
+
 def _status(states: dict[str, str]) -> str:
     wrong = [f"{key}: {state}" for key, state in states.items() if state != "timed"]
     return "; ".join(wrong) or "timed"
@@ -190,35 +199,37 @@ def timm_rows(
     layers: Sequence[LayerShape] = registry.MOBILEVITV2_LAYERS,
     rivals: Sequence[str] = ("timm_eager", "timm_max_autotune"),
 ) -> Iterator[Row]:
-    """MobileViTv2's layers in ``[B, D, P, N]``, and the geometric means over all of them."""
+    """MobileViTv2's layers in ``[B, D, P, N]``, and the geometric means over all of them; one rival
+    after another, for the last takes minutes to compile."""
     counts = collections.Counter(layers)
-    contenders = [
-        dataclasses.replace(
-            CONTENDERS[key], layout=registry.patches_layout(registry.MOBILEVITV2_PATCHES)
-        )
-        for key in (*rivals, OURS_PATCHES)
-    ]
-    for mode in MODES:
-        ratios: dict[str, list[float | None]] = {key: [] for key in rivals}
+    layout = registry.patches_layout(registry.MOBILEVITV2_PATCHES)
+    for key, mode in itertools.product(rivals, MODES):
+        contenders = [
+            dataclasses.replace(CONTENDERS[name], layout=layout) for name in (key, OURS_PATCHES)
+        ]
+        ratios: list[float] = []
         for shape, count in counts.items():
             timings, states = measured(settings, shape, contenders, mode=mode)
-            ours = _microseconds(timings, OURS_PATCHES)
-            row = {"mode": mode, "layers": count, **_shape_columns(shape), "sep_attn us": ours}
-            for key in rivals:
-                theirs = _microseconds(timings, key)
-                ratio = _ratio(theirs, ours)
-                ratios[key] += [ratio] * count
-                row |= {f"{key} us": theirs, f"{key} / sep_attn": ratio}
+            ours, theirs = _microseconds(timings, OURS_PATCHES), _microseconds(timings, key)
+            ratio = _ratio(theirs, ours)
+            ratios += [] if ratio is None else [ratio] * count
             floor = roofline.layer_seconds(shape, settings.itemsize, settings.rates, mode=mode)
-            row["launches us"] = floor * 1e6
-            yield row | {"target": None, "status": _status(states)}
-        for key in rivals:
-            known = [ratio for ratio in ratios[key] if ratio is not None]
-            mean = geomean(known) if len(known) == len(layers) else None
-            row = dict.fromkeys(row)
-            row |= {"mode": mode, "layers": len(known), f"{key} / sep_attn": mean}
-            row["target"] = SPEEDUP_TARGETS[mode, key]
-            yield row | {"status": f"geomean over {len(known)} of {len(layers)} layers"}
+            row = {
+                "rival": key,
+                "mode": mode,
+                "layers": count,
+                **_shape_columns(shape),
+                "rival us": theirs,
+                "sep_attn us": ours,
+                "rival / sep_attn": ratio,
+                "launches us": floor * 1e6,
+                "target": None,
+            }
+            yield row | {"status": _status(states)}
+        mean = geomean(ratios) if len(ratios) == len(layers) else None
+        row = dict.fromkeys(row) | {"rival": key, "mode": mode, "layers": len(ratios)}
+        row |= {"rival / sep_attn": mean, "target": SPEEDUP_TARGETS[mode, key]}
+        yield row | {"status": f"geomean over {len(ratios)} of {len(layers)} layers"}
 
 
 def attention_rows(
@@ -261,15 +272,16 @@ def host_microseconds(call: measure.Call, wait: Callable[[], object], *, rounds:
     return median(taken) * 1e6
 
 
-def count_launches(call: measure.Call) -> int:
-    """Kernels of one call on a CUDA device, by the profiler."""
+def count_launches(call: measure.Call) -> int | None:
+    """Kernels of one call on a CUDA device, by the profiler; None where it may not see them."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     call()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
         call()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    on_gpu = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == on_gpu for event in profile.events()) or None
 
 
 def graph_replay(module: nn.Module, x: Tensor) -> measure.Call:
@@ -289,6 +301,13 @@ def graph_replay(module: nn.Module, x: Tensor) -> measure.Call:
     return graph.replay
 
 
+def graph_microseconds(settings: Settings, module: nn.Module, x: Tensor) -> float:
+    replay = {"graph": graph_replay(module, x)}
+    sample = measure.sampler_for(settings.device)
+    timings = measure.interleaved(replay, seconds=settings.seconds, sample=sample)
+    return timings["graph"].median * 1e6
+
+
 @torch.no_grad()
 def latency_rows(settings: Settings, shape: LayerShape = LATENCY_SHAPE) -> Iterator[Row]:
     """One small call: on the host, in launches, and replayed from a CUDA graph."""
@@ -305,13 +324,17 @@ def latency_rows(settings: Settings, shape: LayerShape = LATENCY_SHAPE) -> Itera
             )
             x = contender.layout.from_tokens(x)
             module = build(settings, contender, shape.dim).eval()
-            row["host us"] = host_microseconds(partial(module, x), wait)
+            figures: dict[str, Callable[[], float | None]] = {
+                "host us": partial(host_microseconds, partial(module, x), wait)
+            }
             if on_gpu:
-                row["launches"] = count_launches(partial(module, x))
-                replay = {"graph": graph_replay(module, x)}
-                sample = measure.sampler_for(settings.device)
-                timing = measure.interleaved(replay, seconds=settings.seconds, sample=sample)
-                row["graph us"] = timing["graph"].median * 1e6
+                figures["launches"] = partial(count_launches, partial(module, x))
+                figures["graph us"] = partial(graph_microseconds, settings, module, x)
+            for column, figure in figures.items():
+                try:
+                    row[column] = figure()
+                except Exception as error:  # one figure's failure must not cost the others
+                    states[f"{column} of {key}"] = _failure(error)
         targets = f"host {HOST_TARGET:g}, launches 1 or {LAUNCH_TARGET}, graph {GRAPH_TARGET:g}"
         yield row | {"target": targets if key == OURS else None, "status": _status(states)}
 
@@ -329,14 +352,15 @@ def cuda_peak(call: measure.Call) -> int:
 
 def memory_rows(
     settings: Settings,
-    layers: Sequence[LayerShape] = (*registry.MOBILEVITV2_LAYERS, *registry.LONG_SLICES[:2]),
+    layers: Sequence[LayerShape] = (*registry.MOBILEVITV2_LAYERS, *LONG_IN_MEMORY),
     peak: Callable[[measure.Call], int] = cuda_peak,
 ) -> Iterator[Row]:
     """Peak extra memory of forward and backward; x, weights and the gradient of out are there
     before, all other gradients are not."""
     for shape in dict.fromkeys(layers):
         patches = math.gcd(shape.slices, registry.MOBILEVITV2_PATCHES)
-        found = {}
+        found: dict[str, int] = {}
+        states: dict[str, str] = {}
         for key in ("timm_eager", OURS_PATCHES):
             contender = dataclasses.replace(
                 CONTENDERS[key], layout=registry.patches_layout(patches)
@@ -345,18 +369,23 @@ def memory_rows(
                 shape.slices, shape.tokens, shape.dim, settings.device, settings.dtype
             )
             x = contender.layout.from_tokens(x).detach().requires_grad_()
-            module = build(settings, contender, shape.dim).train()
-            found[key] = peak(partial(training_step, module, (x, torch.randn_like(x))))
-            values = x.numel() * settings.itemsize
-            del x, module
+            try:
+                module = build(settings, contender, shape.dim).train()
+                found[key] = peak(partial(training_step, module, (x, torch.randn_like(x))))
+                del module
+            except Exception as error:  # one contender's failure must not cost the other's figure
+                states[key] = _failure(error)
+            del x
+        ours, theirs = found.get(OURS_PATCHES), found.get("timm_eager")
+        values = shape.slices * shape.tokens * shape.dim * settings.itemsize
         yield {
             **_shape_columns(shape),
-            "sep_attn MB": found[OURS_PATCHES] / 1e6,
-            "timm_eager MB": found["timm_eager"] / 1e6,
-            "sep_attn / x": found[OURS_PATCHES] / values,
-            "sep_attn / timm_eager": _ratio(found[OURS_PATCHES], found["timm_eager"]),
+            "sep_attn MB": _ratio(ours, 1e6),
+            "timm_eager MB": _ratio(theirs, 1e6),
+            "sep_attn / x": _ratio(ours, values),
+            "sep_attn / timm_eager": _ratio(ours, theirs),
             "target": MEMORY_TARGET,
-            "status": "measured",
+            "status": _status(states) if states else "measured",
         }
 
 
@@ -367,6 +396,15 @@ TABLES: dict[str, Callable[[Settings], Iterator[Row]]] = {
     "latency": latency_rows,
     "memory": memory_rows,
 }
+
+
+def draw(name: str, result: dict[str, Any], file: Path) -> None:
+    try:
+        from benchmarks import plots
+    except ImportError as error:  # the machine's Python is taken as it is
+        print(f"{file.name} is not drawn: {error}")
+    else:
+        plots.gpu_table(name, result, file)
 
 
 def write_table(
@@ -382,7 +420,7 @@ def write_table(
         report.write_json(out / f"{name}.json", result)
     if written:
         print(f"\n{report.table(written, {key: key.replace(' ', chr(10)) for key in written[0]})}")
-        plots.gpu_table(name, result, out / f"{name}.png")
+        draw(name, result, out / f"{name}.png")
     return written
 
 

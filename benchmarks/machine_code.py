@@ -208,8 +208,9 @@ def in_memory(values: Tensor, memory: str) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class LayerCase:
-    """A forward and a backward pass of the whole layer; ``path`` forces the kernels of a path, and
-    ``at_once=False`` the backward of wide layers."""
+    """A forward and a backward pass of the whole layer, or, in ``inference``, the forward pass that
+    keeps nothing for another; ``path`` forces the kernels of a path, and ``at_once=False`` the
+    backward of wide layers."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -223,6 +224,7 @@ class LayerCase:
     backward: bool = True
     at_once: bool = True
     need_weight_grad: bool = True
+    inference: bool = False
 
     def __str__(self) -> str:
         return describe_case(self)
@@ -247,9 +249,11 @@ def launch_layer(case: LayerCase, target_name: str) -> None:
         mock.patch.object(attention, "path_of", path_of),
         mock.patch.object(attention, "MOST_FUSED_BACKWARD_CHANNELS", most_at_once),
     ):
-        out, weights, statistics = attention.separable_attention(
-            x, x_prev, qkv_weight, qkv_bias, out_weight, out_bias, mask, seed, *options
-        )
+        inputs = x, x_prev, qkv_weight, qkv_bias, out_weight, out_bias, mask, seed
+        if case.inference:
+            attention.separable_attention_inference(*inputs, *options)
+            return
+        out, weights, statistics = attention.separable_attention(*inputs, *options)
         if case.backward:
             attention.separable_attention_backward(
                 out,

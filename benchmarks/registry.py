@@ -465,8 +465,9 @@ def layer_results(contender: Contender, module: nn.Module, x: Tensor, *, mode: s
     tokens = contender.layout.to_tokens(out)
     gradient = torch.zeros_like(tokens)
     gradient[:, queries] = _output_gradient(tokens[:, queries], tokens.dtype)
-    parameters = list(module.parameters())
-    grad_x, *grads = torch.autograd.grad(tokens, [x, *parameters], gradient)
+    # In the layer's own layout, as the timed step has it: kernels differ by layout.
+    gradient = contender.layout.from_tokens(gradient)
+    grad_x, *grads = torch.autograd.grad(out, [x, *module.parameters()], gradient)
     flat = [grad.flatten(1) if grad.dim() == 4 else grad for grad in grads]
     return [tokens[:, queries].detach(), contender.layout.to_tokens(grad_x), *flat]
 

@@ -8,7 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
+try:
+    from tabulate import tabulate
+except ImportError:  # make gpu takes the machine's Python as it is: tables stand in the files
+    tabulate = None
 
 Row = Mapping[str, Any]
 
@@ -39,6 +42,8 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
 def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     """A table to print: ``columns`` maps the key in a row to the heading."""
     body = [[row.get(key) for key in columns] for row in rows]
+    if tabulate is None:
+        return "(no table is printed: tabulate is not installed)"
     return tabulate(body, headers=list(columns.values()), floatfmt=".4g", missingval="")
 
 

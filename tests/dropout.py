@@ -52,13 +52,12 @@ def dropout_scale(
     if scale.numel() == 0:
         return scale
     grid = token_grid(source.shape, patch_h, patch_w)
-    strides = {"scale_strides": grid_strides(source.shape, scale.stride(), grid)}
     with on_device(source.device):
         dropout_scale_kernel[(grid.bands, triton.cdiv(grid.tokens, 64))](
             seed,
             dropout_p,
             scale,
-            **shifted(strides, strides),
+            shifted(grid_strides(source.shape, scale.stride(), grid)),
             tokens=grid.tokens,
             width=grid.width,
             patch_h=grid.patch_h,

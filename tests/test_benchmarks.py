@@ -622,6 +622,17 @@ def test_gpu_steps_fail_and_end_on_their_own(tmp_path: Path) -> None:
     assert summary["environment"]["torch"] == torch.__version__
 
 
+def test_gpu_tests_cut_off_leave_their_results(tmp_path: Path) -> None:
+    slow = tmp_path / "test_slow.py"
+    slow.write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
+    report = tmp_path / "tests.xml"
+    arguments = ("-m", "pytest", "-v", "-p", "no:cacheprovider", str(slow), f"--junitxml={report}")
+    (outcome,) = gpu.run([gpu.Step("tests", arguments, 6)], tmp_path, time_limit=60, say=print)
+    assert outcome.status == "out of time"
+    assert "test_a PASSED" in (tmp_path / "log.txt").read_text()
+    assert 'name="test_a"' in report.read_text()
+
+
 def test_gpu_leaves_out_what_no_time_is_left_for(tmp_path: Path) -> None:
     outcomes = gpu.run([gpu.Step("any", ("-c", ""), 30)], tmp_path, time_limit=1, say=print)
     assert outcomes[0].status == "left out: no time was left"
@@ -643,8 +654,8 @@ def test_gpu_leaves_out_a_step_whose_program_is_missing(tmp_path: Path) -> None:
 def test_gpu_steps_are_in_order_and_in_time(tmp_path: Path) -> None:
     names = [step.name for step in gpu.steps(tmp_path)]
     assert names == [
-        *("build", "describe", "floor", "tests", "timm", "attention", "latency", "memory"),
-        *("sanitizer", "token_sweep", "microbench"),
+        *("build", "describe", "compile", "floor", "tests", "timm", "attention"),
+        *("latency", "memory", "sanitizer", "token_sweep", "microbench"),
     ]
     assert set(gpu_tables.TABLES) <= set(names)
     assert gpu.TIME_LIMIT < 9 * 60

@@ -22,7 +22,6 @@ float64 is served by :mod:`pooling`, :mod:`gating` and torch's products
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -41,15 +40,12 @@ from sep_attn.triton_kernels.configs import (
 )
 from sep_attn.triton_kernels.launch import (
     Launch,
+    Operands,
+    Strides,
     TokenGrid,
-    grid_strides,
-    is_uniform,
-    memory_layout,
     planned,
     run,
-    shifted,
     split_tiles,
-    token_grid,
 )
 from sep_attn.triton_kernels.pooling import WEIGHTS_BLOCK
 from sep_attn.triton_kernels.tiles import MOST_CHANNELS, tiling
@@ -104,6 +100,10 @@ class Call(NamedTuple):
     def config(self, kernel: str, channels: int) -> Config:
         return config_of(kernel, self.arch, self.itemsize, channels)
 
+    def operands(self, of_x: Strides, of_source: Strides) -> Operands:
+        sides = (self.shape, of_x), (self.source_shape, of_source)
+        return Operands(self.itemsize, self.patch_h, self.patch_w, *sides)
+
 
 def call_of(
     x: Tensor, source: Tensor, act: str, patch_h: int, patch_w: int, dropout_p: float = 0.0
@@ -122,60 +122,17 @@ def call_of(
     )
 
 
-class Operands:
-    """The grids of x and of the source, and how every operand lies in memory."""
-
-    def __init__(
-        self,
-        call: Call,
-        of_x: Mapping[str, tuple[int, ...] | None],
-        of_source: Mapping[str, tuple[int, ...] | None],
-    ) -> None:
-        """Args: strides by the operand's name, of operands in the shape of x (or one value a token
-        of x), and of those in the shape of the source."""
-        self.grid = token_grid(call.shape, call.patch_h, call.patch_w)
-        self.source = token_grid(call.source_shape, call.patch_h, call.patch_w)
-        self.slices = self.grid.bands * self.grid.groups
-        self.channels = self.grid.channels
-        self.strides: dict[str, tuple[int, ...]] = {}
-        self.layouts: dict[str, str] = {}
-        self.uniform = True
-        sides = ((call.shape, self.grid, of_x), (call.source_shape, self.source, of_source))
-        for shape, grid, given in sides:
-            strides = {
-                name: grid_strides(shape, value, grid)
-                for name, value in given.items()
-                if value is not None
-            }
-            self.uniform = self.uniform and is_uniform(grid, strides.values())
-            self.strides |= strides
-        for _, grid, given in sides:
-            for name in given:
-                own = self.strides.get(name, ())
-                if len(own) == 6:
-                    self.layouts[name] = memory_layout(call.itemsize, grid, own, self.uniform)
-
-    def of_call(self, grid: TokenGrid) -> dict[str, Any]:
-        """What every kernel is told."""
-        return {
-            "tokens": grid.tokens,
-            "width": grid.width,
-            "patch_h": grid.patch_h,
-            "patch_w": grid.patch_w,
-            "D": grid.channels,
-            "UNIFORM": self.uniform,
-            "GROUPS": grid.groups,
-        }
-
-    def of_tensors(self, **operands: str) -> dict[str, Any]:
-        """Strides, and the layout where an operand has channels, by the names of a kernel."""
-        arguments: dict[str, Any] = {}
-        for name, operand in operands.items():
-            strides = shifted(self.strides, (operand,))
-            arguments[f"{name}_strides"] = strides[operand]
-            if operand in self.layouts:
-                arguments[f"{name.upper()}_LAYOUT"] = self.layouts[operand]
-        return arguments
+def _of_call(operands: Operands, grid: TokenGrid) -> dict[str, Any]:
+    """What every kernel is told."""
+    return {
+        "tokens": grid.tokens,
+        "width": grid.width,
+        "patch_h": grid.patch_h,
+        "patch_w": grid.patch_w,
+        "D": grid.channels,
+        "UNIFORM": operands.uniform,
+        "GROUPS": grid.groups,
+    }
 
 
 def _options(config: Config) -> dict[str, int]:
@@ -210,10 +167,10 @@ def _product(
     of_tokens = ("weights", "grad_scores") if epilogue == "pool" else ()
     arguments = {
         **{f"{name}_ptr": None for name in optional if f"{name}_ptr" not in names},
-        **operands.of_call(operands.grid),
+        **_of_call(operands, operands.grid),
         **operands.of_tensors(a=a, out=out),
         **dict.fromkeys(("weights_strides", "grad_scores_strides")),
-        **operands.of_tensors(**{name: name for name in of_tokens}),
+        **operands.of_tensors(*of_tokens),
         **tiles,
         **_options(config),
         "dropout_p": call.dropout_p,
@@ -252,8 +209,7 @@ def _plan_forward(
     weights_strides: tuple[int, ...] | None,
     out_strides: tuple[int, ...],
 ) -> ForwardPlan:
-    operands = Operands(
-        call,
+    operands = call.operands(
         {"x": x_strides, "out": out_strides},
         {"source": source_strides, "mask": mask_strides, "weights": weights_strides},
     )
@@ -270,8 +226,8 @@ def _plan_forward(
     source_tiles = triton.cdiv(source.tokens, config.tokens)
     splits, part_tiles = split_tiles(source_tiles, SPLIT_PROGRAMS // source.bands)
     pool = {
-        **operands.of_call(source),
-        **operands.of_tensors(source="source", mask="mask", scores="weights"),
+        **_of_call(operands, source),
+        **operands.of_tensors("source", "mask", scores="weights"),
         **_options(config),
         "dropout_p": call.dropout_p,
         "splits": splits,
@@ -284,8 +240,8 @@ def _plan_forward(
         triton.cdiv(channels, COMBINE_COLUMNS), triton.cdiv(source.tokens, 4 * WEIGHTS_BLOCK)
     )
     combine = {
-        **operands.of_call(source),
-        **operands.of_tensors(mask="mask", weights="weights"),
+        **_of_call(operands, source),
+        **operands.of_tensors("mask", "weights"),
         "splits": splits,
         "parts": parts,
         "BLOCK_S": COMBINE_ROWS,
@@ -305,8 +261,8 @@ def _plan_forward(
         config = call.config("value_gate_output_fwd_kernel", channels)
         tiles = _tiles_of(operands, grid, config.tokens)
         arguments = {
-            **operands.of_call(grid),
-            **operands.of_tensors(x="x", out="out"),
+            **_of_call(operands, grid),
+            **operands.of_tensors("x", "out"),
             **tiles,
             **_options(config),
             "slices": operands.slices,
@@ -337,8 +293,8 @@ def _slice_launch(call: Call, operands: Operands, config: Config) -> Launch:
     pool_rows = max(16, min(config.tokens, fitting))
     columns = min(config.columns, _padded(channels))
     arguments = {
-        **operands.of_call(grid),
-        **operands.of_tensors(x="x", source="source", mask="mask", weights="weights", out="out"),
+        **_of_call(operands, grid),
+        **operands.of_tensors("x", "source", "mask", "weights", "out"),
         **_options(config),
         "dropout_p": call.dropout_p,
         "bands": grid.bands,
@@ -473,7 +429,7 @@ def _weight_grad(
     blocks = triton.cdiv(operands.channels, columns) ** 2
     splits, part_tiles = split_tiles(tiles["tiles"], WEIGHT_PROGRAMS // blocks)
     arguments = {
-        **operands.of_call(operands.grid),
+        **_of_call(operands, operands.grid),
         **operands.of_tensors(a=a, b=b),
         **tiles,
         **_options(config),
@@ -494,8 +450,8 @@ def _value_gate_weights(call: Call, operands: Operands) -> tuple[int, Launch]:
     columns = triton.cdiv(operands.channels, block)
     splits, part_tiles = split_tiles(tiles["tiles"], WEIGHT_PROGRAMS // columns)
     arguments = {
-        **operands.of_call(operands.grid),
-        **operands.of_tensors(grad_out="grad_out", x="x", grad_v="like"),
+        **_of_call(operands, operands.grid),
+        **operands.of_tensors("grad_out", "x", grad_v="like"),
         **tiles,
         **_options(config),
         "split_tiles": part_tiles,
@@ -536,8 +492,7 @@ def _plan_backward(
     weights_strides: tuple[int, ...],
     grad_weights_strides: tuple[int, ...] | None,
 ) -> BackwardPlan:
-    operands = Operands(
-        call,
+    operands = call.operands(
         {"x": x_strides, "grad_out": grad_out_strides, "like": like_strides},
         {
             "source": source_strides,
@@ -553,8 +508,8 @@ def _plan_backward(
     tiles = _tiles_of(operands, grid, config.tokens)
     columns = min(config.columns, _padded(channels))
     values = {
-        **operands.of_call(grid),
-        **operands.of_tensors(grad_out="grad_out", x="x", gated="like", grad_v="like"),
+        **_of_call(operands, grid),
+        **operands.of_tensors("grad_out", "x", gated="like", grad_v="like"),
         **tiles,
         **_options(config),
         "slices": operands.slices,
@@ -589,12 +544,12 @@ def _plan_backward(
     if not isinstance(programs, int):
         programs = SPLIT_PROGRAMS  # those with nothing to do store zeros
     source_arguments = {
-        **operands.of_call(source),
+        **_of_call(operands, source),
         **operands.of_tensors(
-            source="source",
-            weights="weights",
-            grad_weights="grad_weights",
-            grad_scores="grad_scores",
+            "source",
+            "weights",
+            "grad_weights",
+            "grad_scores",
             grad_source="grad_source" if separate else "none",
         ),
         **tiles,

@@ -15,98 +15,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sep_attn.triton_kernels.launch import band_offset, token_offsets
+from sep_attn.triton_kernels.gating import activate
+from sep_attn.triton_kernels.launch import VARYING, in_words, word_of
 from sep_attn.triton_kernels.products import gate_bwd_tile
-from sep_attn.triton_kernels.scoring import LOWEST, pool_tile, score_tile, start_pool
+from sep_attn.triton_kernels.scoring import LOWEST, pool_tile, start_pool
 from sep_attn.triton_kernels.tiles import (
-    activate,
     chunk_channels,
     chunk_even,
     chunk_width,
-    draw_dropout,
-    in_words,
     load_bias,
+    load_kept,
     load_slice_columns,
     load_tokens,
+    load_values,
     load_weight,
+    program_columns,
     row_offsets,
-    row_slots,
+    row_slices,
     spread_slices,
     store_columns,
+    store_values,
     tile_rows,
+    zero_chunks,
 )
-
-_VARYING = (
-    "bands",
-    "tokens",
-    "width",
-    "source_tokens",
-    "source_width",
-    "tiles",
-    "band_tiles",
-    "pool_tiles",
-    "slices",
-    "split_tiles",
-    "grad_out_strides",
-    "grad_v_strides",
-    "x_strides",
-    "source_strides",
-    "mask_strides",
-    "weights_strides",
-    "out_strides",
-)
-
-
-@triton.jit
-def value_gate_output(
-    chunks,  # tuple of [BLOCK_N, width of the chunk]: x
-    qkv_weight_ptr,  # [1 + 2 D, D]
-    qkv_bias_ptr,
-    out_weight_ptr,  # [D, D]
-    context_ptr,  # [S, 2 D + 1], at the context
-    first_slice,
-    slices,
-    BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    D: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BANDS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ACT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    # act(x W_V^T + b_V) * c, times W_O^T: a tuple of [BLOCK_N, width of the chunk].
-    slots = row_slots(BANDS, GROUPS, BLOCK_N)
-    value_weight_ptr = qkv_weight_ptr + (1 + D) * D
-    value_bias_ptr = qkv_bias_ptr
-    if qkv_bias_ptr is not None:
-        value_bias_ptr = qkv_bias_ptr + 1 + D
-    out = ()
-    for i in tl.static_range(len(CHUNKS)):
-        out = out + (tl.zeros((BLOCK_N, chunk_width(CHUNKS, i)), tl.float32),)
-    for first_e in tl.range(0, D, BLOCK_E):
-        e = first_e + tl.arange(0, BLOCK_E)  # [BLOCK_E]
-        v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-        for i in tl.static_range(len(CHUNKS)):
-            d = chunk_channels(CHUNKS, i)
-            value_weight = load_weight(
-                value_weight_ptr, e, d, D, D % BLOCK_E == 0, chunk_even(CHUNKS, i, D)
-            )  # [BLOCK_E, width]
-            v = tl.dot(chunks[i], value_weight.T, v, input_precision=PRECISION)
-        v += load_bias(value_bias_ptr, e, D)[None, :]
-        context = load_slice_columns(
-            context_ptr, 2 * D + 1, first_slice, slices, slots, e, D, BANDS * GROUPS, True
-        )
-        gated = (activate(v, ACT) * context).to(chunks[0].dtype)  # [BLOCK_N, BLOCK_E]
-        new_out = ()
-        for i in tl.static_range(len(CHUNKS)):
-            d = chunk_channels(CHUNKS, i)
-            out_weight = load_weight(
-                out_weight_ptr, d, e, D, chunk_even(CHUNKS, i, D), D % BLOCK_E == 0
-            )  # [width, BLOCK_E]
-            new_out = new_out + (tl.dot(gated, out_weight.T, out[i], input_precision=PRECISION),)
-        out = new_out
-    return out
 
 
 @triton.jit
@@ -115,19 +46,14 @@ def value_gate_output_tile(
     zero,
     x_ptr,
     x_strides,
-    qkv_weight_ptr,
+    qkv_weight_ptr,  # [1 + 2 D, D]
     qkv_bias_ptr,
-    out_weight_ptr,
+    out_weight_ptr,  # [D, D]
     out_bias_ptr,
-    statistics_ptr,
+    statistics_ptr,  # [S, 2 D + 1]
     out_ptr,
     out_strides,
-    bands,
-    tokens,
-    width,
-    patch_h,
-    patch_w,
-    band_tiles,
+    grid,
     slices,
     D: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -141,47 +67,51 @@ def value_gate_output_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    WORD: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
-    band, n, inside = tile_rows(i_tile, band_tiles, bands, tokens, BANDS, BLOCK_N)
-    rows = row_offsets(band, n, x_strides, width, patch_h, patch_w, UNIFORM, X_LAYOUT, WORD)
-    chunks = load_tokens(x_ptr, rows, inside, x_strides, D, CHUNKS, X_LAYOUT, WORD, zero * WORD)
-    out = value_gate_output(
-        chunks,
-        qkv_weight_ptr,
-        qkv_bias_ptr,
-        out_weight_ptr,
-        statistics_ptr + D,
-        i_tile // band_tiles * (BANDS * GROUPS),
-        slices,
-        BLOCK_N,
-        BLOCK_E,
-        D,
-        CHUNKS,
-        BANDS,
-        GROUPS,
-        ACT,
-        PRECISION,
-    )
-    band, n, inside = tile_rows(i_tile + zero, band_tiles, bands, tokens, BANDS, BLOCK_N)
-    rows = row_offsets(band, n, out_strides, width, patch_h, patch_w, UNIFORM, OUT_LAYOUT, WORD)
+    # act(x W_V^T + b_V) * c, times W_O^T, plus b_O, for a tile of whole tokens.
+    EVEN_E: tl.constexpr = D % BLOCK_E == 0
+    no_channels = zero * word_of(x_ptr.dtype)
+    tile = tile_rows(i_tile, grid, BANDS, BLOCK_N)
+    x = load_tokens(x_ptr, x_strides, tile, D, CHUNKS, UNIFORM, X_LAYOUT, no_channels)
+    first_slice, slots = row_slices(tile, BANDS, GROUPS)
+    context_ptr = statistics_ptr + D
+    value_weight_ptr = qkv_weight_ptr + (1 + D) * D
+    value_bias_ptr = qkv_bias_ptr
+    if qkv_bias_ptr is not None:
+        value_bias_ptr = qkv_bias_ptr + 1 + D
+    out = zero_chunks(CHUNKS, BLOCK_N)
+    for first_e in tl.range(0, D, BLOCK_E):
+        e = first_e + tl.arange(0, BLOCK_E)  # [BLOCK_E]
+        v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+        for i in tl.static_range(len(CHUNKS)):
+            d = chunk_channels(CHUNKS, i)
+            value_weight = load_weight(
+                value_weight_ptr, e, d, D, EVEN_E, chunk_even(CHUNKS, i, D)
+            )  # [BLOCK_E, width]
+            v = tl.dot(x[i], value_weight.T, v, input_precision=PRECISION)
+        v += load_bias(value_bias_ptr, e, D)[None, :]
+        context = load_slice_columns(
+            context_ptr, 2 * D + 1, first_slice, slots, slices, e, D, BANDS * GROUPS, True
+        )
+        gated = (activate(v, ACT) * context).to(x[0].dtype)  # [BLOCK_N, BLOCK_E]
+        new_out = ()
+        for i in tl.static_range(len(CHUNKS)):
+            d = chunk_channels(CHUNKS, i)
+            out_weight = load_weight(
+                out_weight_ptr, d, e, D, chunk_even(CHUNKS, i, D), EVEN_E
+            )  # [width, BLOCK_E]
+            new_out = new_out + (tl.dot(gated, out_weight.T, out[i], input_precision=PRECISION),)
+        out = new_out
+    tile = tile_rows(i_tile + zero, grid, BANDS, BLOCK_N)
+    rows = row_offsets(out_ptr, out_strides, tile, UNIFORM, OUT_LAYOUT)
     for i in tl.static_range(len(CHUNKS)):
-        d = chunk_channels(CHUNKS, i) + zero * WORD
+        d = chunk_channels(CHUNKS, i) + no_channels
         result = out[i] + load_bias(out_bias_ptr, d, D)[None, :]
         store_columns(
-            out_ptr,
-            result,
-            rows,
-            inside,
-            d,
-            out_strides,
-            D,
-            chunk_even(CHUNKS, i, D),
-            OUT_LAYOUT,
-            WORD,
+            out_ptr, out_strides, tile, rows, result, d, D, chunk_even(CHUNKS, i, D), OUT_LAYOUT
         )
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def value_gate_output_fwd_kernel(
     x_ptr,
     x_strides,
@@ -212,9 +142,7 @@ def value_gate_output_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    WORD: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
-    WIDE: tl.constexpr = X_LAYOUT == "tokens_wide" or OUT_LAYOUT == "tokens_wide"
-    tokens, width = in_words(tokens, width, WIDE, WORD, GROUPS)
+    tokens, width, _ = in_words(tokens, width, D, x_ptr, GROUPS, X_LAYOUT, OUT_LAYOUT)
     # Last tiles first: they were read last, and may still lie in the cache.
     value_gate_output_tile(
         tiles - 1 - tl.program_id(0),
@@ -228,12 +156,7 @@ def value_gate_output_fwd_kernel(
         statistics_ptr,
         out_ptr,
         out_strides,
-        bands,
-        tokens,
-        width,
-        patch_h,
-        patch_w,
-        band_tiles,
+        (bands, tokens, width, patch_h, patch_w, band_tiles),
         slices,
         D,
         CHUNKS,
@@ -249,7 +172,7 @@ def value_gate_output_fwd_kernel(
     )
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def slice_fwd_kernel(
     x_ptr,
     x_strides,
@@ -294,12 +217,12 @@ def slice_fwd_kernel(
     BLOCK_C: tl.constexpr,
     POOL_STAGES: tl.constexpr,
 ):
-    WORD: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     SLICES: tl.constexpr = BANDS * GROUPS
-    WIDE: tl.constexpr = X_LAYOUT == "tokens_wide" or OUT_LAYOUT == "tokens_wide"
-    tokens, width = in_words(tokens, width, WIDE, WORD, GROUPS)
-    WIDE_SOURCE: tl.constexpr = SOURCE_LAYOUT == "tokens_wide"
-    source_tokens, source_width = in_words(source_tokens, source_width, WIDE_SOURCE, WORD, GROUPS)
+    tokens, width, _ = in_words(tokens, width, D, x_ptr, GROUPS, X_LAYOUT, OUT_LAYOUT)
+    source_tokens, source_width, _ = in_words(
+        source_tokens, source_width, D, source_ptr, GROUPS, SOURCE_LAYOUT
+    )
+    source_grid = (bands, source_tokens, source_width, patch_h, patch_w, pool_tiles)
     pid = tl.program_id(0)
     first_slice = pid * SLICES
 
@@ -311,61 +234,30 @@ def slice_fwd_kernel(
         i_part = pid * (BANDS // POOL_BANDS) + part
         i_slice = (i_part * POOL_SLICES + tl.arange(0, POOL_SLICES)).to(tl.int64)
         slice_inside = i_slice < slices
-        maximum, total, dropped_total, pooled = start_pool(CHUNKS, POOL_SLICES)
+        pool = start_pool(CHUNKS, POOL_SLICES)
         for i_tile in tl.range(0, pool_tiles, num_stages=POOL_STAGES):
-            band, n, inside = tile_rows(
-                i_part * pool_tiles + i_tile, pool_tiles, bands, source_tokens, POOL_BANDS, BLOCK_P
-            )
-            rows = row_offsets(
-                band,
-                n,
+            tile = tile_rows(i_part * pool_tiles + i_tile, source_grid, POOL_BANDS, BLOCK_P)
+            pool = pool_tile(
+                pool,
+                tile,
+                source_ptr,
                 source_strides,
-                source_width,
-                patch_h,
-                patch_w,
-                UNIFORM,
-                SOURCE_LAYOUT,
-                WORD,
-            )
-            chunks = load_tokens(
-                source_ptr, rows, inside, source_strides, D, CHUNKS, SOURCE_LAYOUT, WORD
-            )
-            scores, kept, chunks = score_tile(
-                chunks,
                 qkv_weight_ptr,
                 qkv_bias_ptr,
                 mask_ptr,
                 mask_strides,
-                band,
-                n,
-                inside,
-                source_width,
-                patch_h,
-                patch_w,
+                seed_ptr,
+                dropout_p,
+                weights_ptr,
+                weights_strides,
                 D,
                 CHUNKS,
+                SOURCE_LAYOUT,
                 UNIFORM,
-            )
-            if weights_ptr is not None:
-                offsets = band_offset(band, weights_strides, patch_h, patch_w)
-                offsets += token_offsets(n, weights_strides, source_width, UNIFORM)
-                tl.store(weights_ptr + offsets, scores, mask=inside)
-            dropout = None
-            if seed_ptr is not None:
-                dropout = draw_dropout(seed_ptr, dropout_p, band, n)
-            maximum, total, dropped_total, pooled = pool_tile(
-                maximum,
-                total,
-                dropped_total,
-                pooled,
-                chunks,
-                scores,
-                kept,
-                dropout,
-                CHUNKS,
                 POOL_BANDS,
                 GROUPS,
             )
+        maximum, total, dropped_total, pooled = pool
         if seed_ptr is None:
             dropped_total = total
         divisor = tl.where(maximum == float("-inf"), 1.0, total)  # [POOL_SLICES]
@@ -384,24 +276,11 @@ def slice_fwd_kernel(
             shift = spread_slices(tl.maximum(maximum, LOWEST), POOL_BANDS, GROUPS, BLOCK_P)
             row_divisor = spread_slices(divisor, POOL_BANDS, GROUPS, BLOCK_P)
             for i_tile in range(0, pool_tiles):
-                band, n, inside = tile_rows(
-                    i_part * pool_tiles + i_tile,
-                    pool_tiles,
-                    bands,
-                    source_tokens,
-                    POOL_BANDS,
-                    BLOCK_P,
-                )
-                kept = inside
-                if mask_ptr is not None:
-                    offsets = band_offset(band, mask_strides, patch_h, patch_w)
-                    offsets += token_offsets(n, mask_strides, source_width, UNIFORM)
-                    kept = inside & (tl.load(mask_ptr + offsets, mask=inside, other=1) == 0)
-                offsets = band_offset(band, weights_strides, patch_h, patch_w)
-                offsets += token_offsets(n, weights_strides, source_width, UNIFORM)
-                scores = tl.load(weights_ptr + offsets, mask=inside, other=float("-inf"))
+                tile = tile_rows(i_part * pool_tiles + i_tile, source_grid, POOL_BANDS, BLOCK_P)
+                kept = load_kept(mask_ptr, mask_strides, tile, UNIFORM)
+                scores = load_values(weights_ptr, weights_strides, tile, UNIFORM, float("-inf"))
                 weights = tl.where(kept, tl.exp(scores - shift) / row_divisor, 0.0)
-                tl.store(weights_ptr + offsets, weights, mask=inside)
+                store_values(weights_ptr, weights_strides, tile, weights, UNIFORM)
 
     for first_e in tl.range(0, D, BLOCK_C, num_stages=POOL_STAGES):
         e = first_e + tl.arange(0, BLOCK_C)  # [BLOCK_C]
@@ -427,61 +306,25 @@ def slice_fwd_kernel(
             tl.store(slot_ptr + D + e, context, mask=(e < D) & inside_slice)
     tl.debug_barrier()
 
-    if BANDS > 1:
+    # The tile read last is still near. ``zero`` is always 0, which the compiler does not know:
+    # addresses of weights and of out are worked out anew where they are needed, for kept until then
+    # they do not fit into registers.
+    out_tiles = 1 if BANDS > 1 else band_tiles
+    for i_tile in range(0, out_tiles):
+        zero = i_tile // out_tiles
         value_gate_output_tile(
-            pid,
-            0,
-            x_ptr,
-            x_strides,
-            qkv_weight_ptr,
-            qkv_bias_ptr,
-            out_weight_ptr,
-            out_bias_ptr,
-            statistics_ptr,
-            out_ptr,
-            out_strides,
-            bands,
-            tokens,
-            width,
-            patch_h,
-            patch_w,
-            band_tiles,
-            slices,
-            D,
-            CHUNKS,
-            X_LAYOUT,
-            OUT_LAYOUT,
-            UNIFORM,
-            BANDS,
-            GROUPS,
-            ACT,
-            PRECISION,
-            BLOCK_N,
-            BLOCK_E,
-        )
-        return
-    for i_tile in range(0, band_tiles):
-        # Always 0, which the compiler does not know: addresses of weights and of out are worked out
-        # anew where they are needed, for kept until then they do not fit into registers.
-        zero = i_tile // band_tiles
-        value_gate_output_tile(
-            pid * band_tiles + band_tiles - 1 - i_tile,  # the one read last is still near
+            pid * out_tiles + out_tiles - 1 - i_tile,
             zero,
             x_ptr,
             x_strides,
-            qkv_weight_ptr + zero * WORD,
+            qkv_weight_ptr + zero * word_of(x_ptr.dtype),
             qkv_bias_ptr,
-            out_weight_ptr + zero * WORD,
+            out_weight_ptr + zero * word_of(x_ptr.dtype),
             out_bias_ptr,
             statistics_ptr,
             out_ptr,
             out_strides,
-            bands,
-            tokens,
-            width,
-            patch_h,
-            patch_w,
-            band_tiles,
+            (bands, tokens, width, patch_h, patch_w, band_tiles),
             slices,
             D,
             CHUNKS,
@@ -497,7 +340,7 @@ def slice_fwd_kernel(
         )
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def value_gate_weights_bwd_kernel(
     grad_out_ptr,
     grad_out_strides,
@@ -533,14 +376,10 @@ def value_gate_weights_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    WORD: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     EVEN_E: tl.constexpr = D % BLOCK_E == 0
-    WIDE: tl.constexpr = X_LAYOUT == "tokens_wide" or GRAD_OUT_LAYOUT == "tokens_wide"
-    tokens, width = in_words(tokens, width, WIDE, WORD, GROUPS)
-    # Columns change fastest: the programs of a split read the same tokens, from the cache.
-    columns = tl.cdiv(D, BLOCK_E)
-    i_split = tl.program_id(0) // columns
-    e = tl.program_id(0) % columns * BLOCK_E + tl.arange(0, BLOCK_E)  # [BLOCK_E]
+    tokens, width, _ = in_words(tokens, width, D, x_ptr, GROUPS, X_LAYOUT, GRAD_OUT_LAYOUT)
+    grid = (bands, tokens, width, patch_h, patch_w, band_tiles)
+    i_split, e = program_columns(D, BLOCK_E)  # e: [BLOCK_E]
     value_weights = ()
     out_weights = ()
     grad_value_weights = ()
@@ -563,16 +402,11 @@ def value_gate_weights_bwd_kernel(
         value_bias = load_bias(qkv_bias_ptr + 1 + D, e, D)
 
     first_tile = i_split * split_tiles
-    for i in tl.range(0, tl.minimum(split_tiles, tiles - first_tile)):
-        i_tile = first_tile + i
-        band, n, inside = tile_rows(i_tile, band_tiles, bands, tokens, BANDS, BLOCK_N)
-        rows = row_offsets(band, n, x_strides, width, patch_h, patch_w, UNIFORM, X_LAYOUT, WORD)
-        x = load_tokens(x_ptr, rows, inside, x_strides, D, CHUNKS, X_LAYOUT, WORD)
-        grad_rows = row_offsets(
-            band, n, grad_out_strides, width, patch_h, patch_w, UNIFORM, GRAD_OUT_LAYOUT, WORD
-        )
+    for i_step in tl.range(0, tl.minimum(split_tiles, tiles - first_tile)):
+        tile = tile_rows(first_tile + i_step, grid, BANDS, BLOCK_N)
+        x = load_tokens(x_ptr, x_strides, tile, D, CHUNKS, UNIFORM, X_LAYOUT)
         grad_out = load_tokens(
-            grad_out_ptr, grad_rows, inside, grad_out_strides, D, CHUNKS, GRAD_OUT_LAYOUT, WORD
+            grad_out_ptr, grad_out_strides, tile, D, CHUNKS, UNIFORM, GRAD_OUT_LAYOUT
         )
         v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
         grad_gated = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
@@ -585,17 +419,8 @@ def value_gate_weights_bwd_kernel(
             v,
             grad_gated,
             e,
-            band,
-            n,
-            inside,
-            i_tile,
-            band_tiles,
-            slices,
-            width,
-            patch_h,
-            patch_w,
+            tile,
             grad_out_ptr,
-            grad_rows,
             grad_out_strides,
             statistics_ptr,
             None,
@@ -603,17 +428,16 @@ def value_gate_weights_bwd_kernel(
             grad_v_ptr,
             grad_v_strides,
             partial_ptr,
+            slices,
             D,
+            EVEN_E,
             GRAD_OUT_LAYOUT,
             "",
             GRAD_V_LAYOUT,
             UNIFORM,
-            WORD,
             BANDS,
             GROUPS,
             ACT,
-            BLOCK_N,
-            BLOCK_E,
             True,
         )
         new_value_weights = ()

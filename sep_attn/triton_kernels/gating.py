@@ -17,14 +17,14 @@ from sep_attn.triton_kernels.launch import (
     ACCUMULATE,
     COMBINE_CHANNELS,
     COMBINE_ROWS,
+    VARYING,
     Launch,
+    Operands,
     Plan,
     band_offset,
     by_group,
-    grid_strides,
-    is_uniform,
+    in_words,
     matrix_offsets,
-    memory_layout,
     planned,
     run,
     shifted,
@@ -32,22 +32,6 @@ from sep_attn.triton_kernels.launch import (
     spread,
     tile_offsets,
     tile_shape,
-    token_grid,
-)
-
-# Arguments that vary from call to call: a new length or stride never compiles a kernel anew.
-_VARYING = (
-    "bands",
-    "tokens",
-    "width",
-    "channels",
-    "splits",
-    "split_tiles",
-    "v_strides",
-    "y_strides",
-    "context_strides",
-    "grad_y_strides",
-    "grad_v_strides",
 )
 
 
@@ -75,7 +59,7 @@ def activate(v, ACT: tl.constexpr):
     return v
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def gate_fwd_kernel(
     v_ptr,
     v_strides,
@@ -98,17 +82,10 @@ def gate_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    WORD: tl.constexpr = 128 // v_ptr.dtype.element_ty.primitive_bitwidth
     pid = tl.program_id(0)
     i_band = pid % bands
     channel_tiles = tl.cdiv(channels, BLOCK_D)
-    # Says to the compiler that rows hold whole groups, and that wide runs hold whole words.
-    width = width // GROUPS * GROUPS
-    if V_LAYOUT == "channels_wide" or Y_LAYOUT == "channels_wide":
-        channels = channels // WORD * WORD
-    if V_LAYOUT == "tokens_wide" or Y_LAYOUT == "tokens_wide":
-        tokens = tokens // WORD * WORD
-        width = width // WORD * WORD
+    tokens, width, channels = in_words(tokens, width, channels, v_ptr, GROUPS, V_LAYOUT, Y_LAYOUT)
 
     d = pid // bands % channel_tiles * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     n = pid // bands // channel_tiles * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
@@ -118,11 +95,11 @@ def gate_fwd_kernel(
         context_ptr, context_strides, i_band, d, d_inside, GROUPS, ACC, BLOCK_N
     )  # [BLOCK_N, BLOCK_D]
     v_offset = band_offset(i_band, v_strides, patch_h, patch_w)
-    v_offsets = tile_offsets(v_offset, n, d, v_strides, width, UNIFORM, V_LAYOUT, WORD)
+    v_offsets = tile_offsets(v_ptr, v_offset, n, d, v_strides, width, UNIFORM, V_LAYOUT)
     v = tl.load(v_ptr + v_offsets, mask=tile_mask, other=0.0).to(ACC)  # [BLOCK_N, BLOCK_D]
     y = (activate(v, ACT) * context).to(y_ptr.dtype.element_ty)
     y_offset = band_offset(i_band, y_strides, patch_h, patch_w)
-    y_offsets = tile_offsets(y_offset, n, d, y_strides, width, UNIFORM, Y_LAYOUT, WORD)
+    y_offsets = tile_offsets(y_ptr, y_offset, n, d, y_strides, width, UNIFORM, Y_LAYOUT)
     tl.store(y_ptr + y_offsets, y, mask=tile_mask)
 
 
@@ -134,20 +111,16 @@ def _plan_forward(
     patch_w: int,
     act: str,
     context_strides: tuple[int, ...],
-    **stride: tuple[int, ...],
+    **strides: tuple[int, ...],
 ) -> Launch:
-    grid = token_grid(shape, patch_h, patch_w)
-    strides = {name: grid_strides(shape, value, grid) for name, value in stride.items()}
-    uniform = is_uniform(grid, strides.values())
-    layout = memory_layout(dtype.itemsize, grid, strides["v_strides"], uniform)
-    y_layout = memory_layout(dtype.itemsize, grid, strides["y_strides"], uniform)
-    block_n, block_d = tile_shape(dtype.itemsize, layout, grid.channels)
+    operands = Operands(dtype.itemsize, patch_h, patch_w, (shape, strides))
+    grid = operands.grid
+    block_n, block_d = tile_shape(dtype.itemsize, operands.layouts["v"], grid.channels)
     arguments = {
         **grid.arguments(),
-        **shifted({**strides, "context_strides": context_strides}, (*strides, "context_strides")),
-        "V_LAYOUT": layout,
-        "Y_LAYOUT": y_layout,
-        "UNIFORM": uniform,
+        **operands.of_tensors(*strides),
+        "context_strides": shifted(context_strides),
+        "UNIFORM": operands.uniform,
         "ACT": act,
         "ACC": ACCUMULATE[accumulate_dtype(dtype)],
         "BLOCK_N": block_n,
@@ -182,14 +155,14 @@ def gate(v: Tensor, context: Tensor, act: str, patch_h: int, patch_w: int) -> Te
         patch_w,
         act,
         context.stride(),
-        v_strides=v.stride(),
-        y_strides=y.stride(),
+        v=v.stride(),
+        y=y.stride(),
     )
     run((launch,), v.device, {"v_ptr": v, "context_ptr": context, "y_ptr": y})
     return y
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def gate_bwd_kernel(
     grad_y_ptr,
     grad_y_strides,
@@ -218,28 +191,13 @@ def gate_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    WORD: tl.constexpr = 128 // v_ptr.dtype.element_ty.primitive_bitwidth
-    WIDE_CHANNELS: tl.constexpr = (
-        GRAD_Y_LAYOUT == "channels_wide"
-        or V_LAYOUT == "channels_wide"
-        or GRAD_V_LAYOUT == "channels_wide"
-    )
-    WIDE_TOKENS: tl.constexpr = (
-        GRAD_Y_LAYOUT == "tokens_wide"
-        or V_LAYOUT == "tokens_wide"
-        or GRAD_V_LAYOUT == "tokens_wide"
-    )
     pid = tl.program_id(0)
     i_band = pid % bands
     i_split = pid // bands % splits
     i_tile = pid // bands // splits
-    # Says to the compiler that rows hold whole groups, and that wide runs hold whole words.
-    width = width // GROUPS * GROUPS
-    if WIDE_CHANNELS:
-        channels = channels // WORD * WORD
-    if WIDE_TOKENS:
-        tokens = tokens // WORD * WORD
-        width = width // WORD * WORD
+    tokens, width, channels = in_words(
+        tokens, width, channels, v_ptr, GROUPS, V_LAYOUT, GRAD_Y_LAYOUT, GRAD_V_LAYOUT
+    )
 
     d = i_tile * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     d_inside = d < channels
@@ -256,10 +214,10 @@ def gate_bwd_kernel(
         n = i_block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         tile_mask = (n < tokens)[:, None] & d_inside[None, :]
         grad_y_offsets = tile_offsets(
-            grad_y_offset, n, d, grad_y_strides, width, UNIFORM, GRAD_Y_LAYOUT, WORD
+            grad_y_ptr, grad_y_offset, n, d, grad_y_strides, width, UNIFORM, GRAD_Y_LAYOUT
         )
         grad_y = tl.load(grad_y_ptr + grad_y_offsets, mask=tile_mask, other=0.0)
-        v_offsets = tile_offsets(v_offset, n, d, v_strides, width, UNIFORM, V_LAYOUT, WORD)
+        v_offsets = tile_offsets(v_ptr, v_offset, n, d, v_strides, width, UNIFORM, V_LAYOUT)
         v = tl.load(v_ptr + v_offsets, mask=tile_mask, other=0.0).to(ACC)  # [BLOCK_N, BLOCK_D]
         grad_y = grad_y.to(ACC)
         acc += grad_y * activate(v, ACT)
@@ -267,7 +225,7 @@ def gate_bwd_kernel(
         if ACT == "relu":
             grad_v = tl.where(v <= 0.0, 0.0, grad_v)
         grad_v_offsets = tile_offsets(
-            grad_v_offset, n, d, grad_v_strides, width, UNIFORM, GRAD_V_LAYOUT, WORD
+            grad_v_ptr, grad_v_offset, n, d, grad_v_strides, width, UNIFORM, GRAD_V_LAYOUT
         )
         grad_v = grad_v.to(grad_v_ptr.dtype.element_ty)
         tl.store(grad_v_ptr + grad_v_offsets, grad_v, mask=tile_mask)
@@ -278,7 +236,7 @@ def gate_bwd_kernel(
     tl.store(partial_ptr + partial_offsets, partial, mask=d_inside[None, :])
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def gate_bwd_combine_kernel(
     partial_ptr,  # [bands, splits, GROUPS, D]
     grad_context_ptr,  # [S, D]
@@ -315,26 +273,20 @@ def _plan_backward(
     patch_w: int,
     act: str,
     context_strides: tuple[int, ...],
-    **stride: tuple[int, ...],
+    **strides: tuple[int, ...],
 ) -> Plan:
-    grid = token_grid(shape, patch_h, patch_w)
-    strides = {name: grid_strides(shape, value, grid) for name, value in stride.items()}
-    uniform = is_uniform(grid, strides.values())
-    layouts = {
-        name: memory_layout(dtype.itemsize, grid, value, uniform) for name, value in strides.items()
-    }
-    block_n, block_d = tile_shape(dtype.itemsize, layouts["v_strides"], grid.channels)
+    operands = Operands(dtype.itemsize, patch_h, patch_w, (shape, strides))
+    grid = operands.grid
+    block_n, block_d = tile_shape(dtype.itemsize, operands.layouts["v"], grid.channels)
     channel_tiles = triton.cdiv(grid.channels, block_d)
     splits, split_tiles = split_tokens(grid.bands * channel_tiles, grid.tokens, block_n)
     backward = {
         **grid.arguments(),
-        **shifted({**strides, "context_strides": context_strides}, (*strides, "context_strides")),
+        **operands.of_tensors(*strides),
+        "context_strides": shifted(context_strides),
         "splits": splits,
         "split_tiles": split_tiles,
-        "GRAD_Y_LAYOUT": layouts["grad_y_strides"],
-        "V_LAYOUT": layouts["v_strides"],
-        "GRAD_V_LAYOUT": layouts["grad_v_strides"],
-        "UNIFORM": uniform,
+        "UNIFORM": operands.uniform,
         "ACT": act,
         "ACC": ACCUMULATE[accumulate_dtype(dtype)],
         "BLOCK_N": block_n,
@@ -387,9 +339,9 @@ def gate_backward(
         patch_w,
         act,
         context.stride(),
-        grad_y_strides=grad_y.stride(),
-        v_strides=v.stride(),
-        grad_v_strides=grad_v.stride(),
+        grad_y=grad_y.stride(),
+        v=v.stride(),
+        grad_v=grad_v.stride(),
     )
     partial = grad_context
     if len(plan.launches) > 1:

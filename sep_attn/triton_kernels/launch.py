@@ -48,6 +48,31 @@ PLANS = 1024
 # Token indices are int32; offsets are int64.
 MOST_TOKENS = 2**30
 
+_OPERANDS = (
+    *("x", "source", "out", "v", "y", "a", "b", "gated", "context", "pooled"),
+    *("scores", "weights", "mask", "dropout"),
+)
+# What varies from call to call: a new length or stride never compiles a kernel anew.
+VARYING = (
+    "bands",
+    "tokens",
+    "width",
+    "channels",
+    "source_tokens",
+    "source_width",
+    "slices",
+    "tiles",
+    "band_tiles",
+    "pool_tiles",
+    "splits",
+    "split_tiles",
+    "parts",
+    "row_size",
+    *(f"{gradient}{operand}_strides" for operand in _OPERANDS for gradient in ("", "grad_")),
+    "weight_sum_stride",
+    "grad_weight_sum_stride",
+)
+
 # Triton compiles anew for every int of a tuple that turns 1 or a multiple of 16, whatever
 # do_not_specialize says. Strides travel shifted by this many bits, and so all look alike.
 STRIDE_SHIFT = tl.constexpr(tracing.SHIFT)
@@ -119,16 +144,9 @@ def grid_strides(
     return image, patch_row, patch_column, row, column, *channel
 
 
-def shifted(
-    strides: Mapping[str, tuple[int, ...]], names: Iterable[str]
-) -> dict[str, tuple[int, ...] | None]:
-    """The strides of these names as kernels take them; None where there are none."""
-    return {
-        name: tuple(stride * 2**tracing.SHIFT for stride in strides[name])
-        if name in strides
-        else None
-        for name in names
-    }
+def shifted(strides: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Strides as kernels take them: see ``STRIDE_SHIFT``."""
+    return None if strides is None else tuple(stride * 2**tracing.SHIFT for stride in strides)
 
 
 def is_uniform(grid: TokenGrid, operands: Iterable[tuple[int, ...]]) -> bool:
@@ -154,6 +172,58 @@ def memory_layout(itemsize: int, grid: TokenGrid, strides: tuple[int, ...], unif
         return "strided"
     word = 16 // itemsize
     return f"{axis}_wide" if all(step % word == 0 for step in (run, *starts)) else axis
+
+
+# Of a tensor's axes, by the operand's name; None where there is no such operand.
+Strides = Mapping[str, tuple[int, ...] | None]
+
+
+class Operands:
+    """How the operands of a call lie in memory, by name: strides over the token grid, the layouts
+    of those with channels, and whether all are :func:`is_uniform`.
+
+    Args:
+        itemsize: bytes of a value.
+        patch_h, patch_w: of the call.
+        sides: a shape, of x and then of the source where there is one, and the strides of operands
+            that have it or one value a token of it.
+    """
+
+    def __init__(
+        self, itemsize: int, patch_h: int, patch_w: int, *sides: tuple[tuple[int, ...], Strides]
+    ) -> None:
+        grids = [token_grid(shape, patch_h, patch_w) for shape, _ in sides]
+        self.grid, self.source = grids[0], grids[-1]
+        self.channels = self.grid.channels
+        self.slices = self.grid.bands * self.grid.groups
+        self.strides: dict[str, tuple[int, ...]] = {}
+        self.layouts: dict[str, str] = {}
+        self.uniform = True
+        of_grids = [
+            {
+                name: grid_strides(shape, value, grid)
+                for name, value in given.items()
+                if value is not None
+            }
+            for grid, (shape, given) in zip(grids, sides, strict=True)
+        ]
+        for grid, strides in zip(grids, of_grids, strict=True):
+            self.uniform = self.uniform and is_uniform(grid, strides.values())
+            self.strides |= strides
+        for grid, strides in zip(grids, of_grids, strict=True):
+            for name, value in strides.items():
+                if len(value) == 6:
+                    self.layouts[name] = memory_layout(itemsize, grid, value, self.uniform)
+
+    def of_tensors(self, *same: str, **operands: str) -> dict[str, Any]:
+        """Strides, and the layout where an operand has channels, by the names of a kernel; ``same``
+        are those that the kernel names alike."""
+        arguments: dict[str, Any] = {}
+        for name, operand in (*zip(same, same, strict=True), *operands.items()):
+            arguments[f"{name}_strides"] = shifted(self.strides.get(operand))
+            if operand in self.layouts:
+                arguments[f"{name.upper()}_LAYOUT"] = self.layouts[operand]
+        return arguments
 
 
 def tile_shape(itemsize: int, layout: str, channels: int) -> tuple[int, int]:
@@ -315,8 +385,48 @@ def token_offsets(tokens, strides, width, UNIFORM: tl.constexpr, WORD: tl.conste
         return rows * stride_of(strides, 3, WORD) + columns * stride_of(strides, 4, WORD)
 
 
+@triton.constexpr_function
+def word_of(pointer_type):
+    # Values in 16 bytes.
+    return 128 // pointer_type.element_ty.primitive_bitwidth
+
+
+@triton.constexpr_function
+def run_of(pointer_type, layout):
+    # Values that surely lie side by side, from a multiple of 16 bytes on.
+    return word_of(pointer_type) if layout.endswith("_wide") else 1
+
+
+@triton.constexpr_function
+def any_is(layout, *layouts):
+    return layout in layouts
+
+
+@triton.jit
+def in_words(
+    tokens,
+    width,
+    channels,
+    ptr,
+    GROUPS: tl.constexpr,
+    LAYOUT: tl.constexpr,  # of the operands
+    SECOND_LAYOUT: tl.constexpr = None,
+    THIRD_LAYOUT: tl.constexpr = None,
+):
+    # Changes nothing: says that rows hold whole groups, and that wide runs hold whole words.
+    WORD: tl.constexpr = word_of(ptr.dtype)
+    width = width // GROUPS * GROUPS
+    if any_is("channels_wide", LAYOUT, SECOND_LAYOUT, THIRD_LAYOUT):
+        channels = channels // WORD * WORD
+    if any_is("tokens_wide", LAYOUT, SECOND_LAYOUT, THIRD_LAYOUT):
+        tokens = tokens // WORD * WORD
+        width = width // WORD * WORD
+    return tokens, width, channels
+
+
 @triton.jit
 def tile_offsets(
+    ptr,
     offset,
     tokens,  # [BLOCK_N]
     channels,  # [BLOCK_D]
@@ -324,9 +434,8 @@ def tile_offsets(
     width,
     UNIFORM: tl.constexpr,
     LAYOUT: tl.constexpr,
-    WORD: tl.constexpr,
 ):
-    RUN: tl.constexpr = WORD if LAYOUT == "channels_wide" or LAYOUT == "tokens_wide" else 1
+    RUN: tl.constexpr = run_of(ptr.dtype, LAYOUT)
     offset = offset // RUN * RUN
     if LAYOUT == "tokens" or LAYOUT == "tokens_wide":
         columns = offset + channels.to(tl.int64) * stride_of(strides, 5, RUN)  # [BLOCK_D]

@@ -19,14 +19,14 @@ from sep_attn.triton_kernels.launch import (
     COMBINE_CHANNELS,
     COMBINE_ROWS,
     PROGRAMS,
+    VARYING,
     Launch,
+    Operands,
     Plan,
     band_offset,
     by_group,
-    grid_strides,
-    is_uniform,
+    in_words,
     matrix_offsets,
-    memory_layout,
     planned,
     run,
     shifted,
@@ -34,35 +34,11 @@ from sep_attn.triton_kernels.launch import (
     spread,
     tile_offsets,
     tile_shape,
-    token_grid,
     token_offsets,
 )
 
 # Tokens whose weights a program normalises at a time.
 WEIGHTS_BLOCK = 1024
-
-# Arguments that vary from call to call: a new length or stride never compiles a kernel anew.
-_VARYING = (
-    "bands",
-    "tokens",
-    "width",
-    "channels",
-    "splits",
-    "split_tiles",
-    "parts",
-    "x_strides",
-    "scores_strides",
-    "mask_strides",
-    "dropout_strides",
-    "weights_strides",
-    "grad_pooled_strides",
-    "pooled_strides",
-    "grad_weight_sum_stride",
-    "weight_sum_stride",
-    "grad_weights_strides",
-    "grad_x_strides",
-    "grad_scores_strides",
-)
 
 
 @triton.jit
@@ -125,7 +101,7 @@ def write_weights(
         tl.store(weights_ptr + offsets, weights, mask=inside)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def context_pool_fwd_kernel(
     x_ptr,
     x_strides,
@@ -157,19 +133,12 @@ def context_pool_fwd_kernel(
     BLOCK_D: tl.constexpr,
     WEIGHTS_BLOCK: tl.constexpr,
 ):
-    WORD: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     pid = tl.program_id(0)
     i_band = pid % bands
     i_split = pid // bands % splits
     i_tile = pid // bands // splits
     channel_tiles = tl.cdiv(channels, BLOCK_D)
-    # Says to the compiler that rows hold whole groups, and that wide runs hold whole words.
-    width = width // GROUPS * GROUPS
-    if X_LAYOUT == "channels_wide":
-        channels = channels // WORD * WORD
-    if X_LAYOUT == "tokens_wide":
-        tokens = tokens // WORD * WORD
-        width = width // WORD * WORD
+    tokens, width, channels = in_words(tokens, width, channels, x_ptr, GROUPS, X_LAYOUT)
 
     x_offset = band_offset(i_band, x_strides, patch_h, patch_w)
     scores_ptr += band_offset(i_band, scores_strides, patch_h, patch_w)
@@ -189,7 +158,7 @@ def context_pool_fwd_kernel(
     for i_block in range(i_split * split_tiles, last):
         n = i_block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         inside = n < tokens
-        x_offsets = tile_offsets(x_offset, n, d, x_strides, width, UNIFORM, X_LAYOUT, WORD)
+        x_offsets = tile_offsets(x_ptr, x_offset, n, d, x_strides, width, UNIFORM, X_LAYOUT)
         x_mask = inside[:, None] & d_inside[None, :]
         x = tl.load(x_ptr + x_offsets, mask=x_mask, other=0.0)  # [BLOCK_N, BLOCK_D]
         scores, kept = load_scores(
@@ -266,7 +235,7 @@ def context_pool_fwd_kernel(
             tl.store(statistics_ptr + 2 + row_offsets, split_dropped_total)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def context_pool_combine_kernel(
     partial_ptr,  # [bands, splits, GROUPS, D + 3]
     scores_ptr,
@@ -366,17 +335,11 @@ def _plan_forward(
     shape: tuple[int, ...],
     patch_h: int,
     patch_w: int,
-    **stride: tuple[int, ...] | None,
+    **strides: tuple[int, ...] | None,
 ) -> Plan:
-    grid = token_grid(shape, patch_h, patch_w)
-    strides = {
-        name: grid_strides(shape, value, grid)
-        for name, value in stride.items()
-        if value is not None
-    }
-    uniform = is_uniform(grid, strides.values())
-    layout = memory_layout(dtype.itemsize, grid, strides["x_strides"], uniform)
-    block_n, block_d = tile_shape(dtype.itemsize, layout, grid.channels)
+    operands = Operands(dtype.itemsize, patch_h, patch_w, (shape, strides))
+    grid = operands.grid
+    block_n, block_d = tile_shape(dtype.itemsize, operands.layouts["x"], grid.channels)
     channel_tiles = triton.cdiv(grid.channels, block_d)
     splits, split_tiles = split_tokens(grid.bands * channel_tiles, grid.tokens, block_n)
     parts = torch.sym_max(
@@ -387,22 +350,21 @@ def _plan_forward(
     both = {
         **grid.arguments(),
         "splits": splits,
-        "UNIFORM": uniform,
+        "UNIFORM": operands.uniform,
         "ACC": ACCUMULATE[accumulate],
         "LOWEST": torch.finfo(accumulate).min,
         "WEIGHTS_BLOCK": WEIGHTS_BLOCK,
     }
     forward = {
         **both,
-        **shifted(strides, stride),
+        **operands.of_tensors(*strides),
         "split_tiles": split_tiles,
-        "X_LAYOUT": layout,
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
     }
     combine = {
         **both,
-        **shifted(strides, ("scores_strides", "mask_strides", "weights_strides")),
+        **operands.of_tensors("scores", "mask", "weights"),
         "parts": parts,
         "BLOCK_S": COMBINE_ROWS,
         "BLOCK_D": COMBINE_CHANNELS,
@@ -452,11 +414,11 @@ def context_pool(
         x.shape,
         patch_h,
         patch_w,
-        x_strides=x.stride(),
-        scores_strides=scores.stride(),
-        mask_strides=None if key_padding_mask is None else key_padding_mask.stride(),
-        dropout_strides=None if dropout_scale is None else dropout_scale.stride(),
-        weights_strides=weights.stride(),
+        x=x.stride(),
+        scores=scores.stride(),
+        mask=None if key_padding_mask is None else key_padding_mask.stride(),
+        dropout=None if dropout_scale is None else dropout_scale.stride(),
+        weights=weights.stride(),
     )
     partial = pooled
     if len(plan.launches) > 1:
@@ -475,7 +437,7 @@ def context_pool(
     return pooled, weight_sum, weights
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def context_pool_bwd_weights_kernel(
     grad_weights_ptr,
     grad_weights_strides,
@@ -513,7 +475,7 @@ def context_pool_bwd_weights_kernel(
     tl.store(partial_ptr + row, tl.sum(by_group(acc, GROUPS), axis=0))
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def context_pool_bwd_kernel(
     grad_pooled_ptr,
     grad_pooled_strides,
@@ -552,17 +514,12 @@ def context_pool_bwd_kernel(
     BLOCK_D: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
 ):
-    WORD: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     pid = tl.program_id(0)
     i_band = pid % bands
     i_block = pid // bands
-    # Says to the compiler that rows hold whole groups, and that wide runs hold whole words.
-    width = width // GROUPS * GROUPS
-    if X_LAYOUT == "channels_wide" or GRAD_X_LAYOUT == "channels_wide":
-        channels = channels // WORD * WORD
-    if X_LAYOUT == "tokens_wide" or GRAD_X_LAYOUT == "tokens_wide":
-        tokens = tokens // WORD * WORD
-        width = width // WORD * WORD
+    tokens, width, channels = in_words(
+        tokens, width, channels, x_ptr, GROUPS, X_LAYOUT, GRAD_X_LAYOUT
+    )
 
     n = i_block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     inside = n < tokens
@@ -585,7 +542,7 @@ def context_pool_bwd_kernel(
         d = i_tile * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
         d_inside = (d < channels)[None, :]
         tile_mask = inside[:, None] & d_inside
-        x_offsets = tile_offsets(x_offset, n, d, x_strides, width, UNIFORM, X_LAYOUT, WORD)
+        x_offsets = tile_offsets(x_ptr, x_offset, n, d, x_strides, width, UNIFORM, X_LAYOUT)
         x = tl.load(x_ptr + x_offsets, mask=tile_mask, other=0.0).to(ACC)  # [BLOCK_N, BLOCK_D]
         slice_offsets = matrix_offsets(i_slice, d, grad_pooled_strides)  # [GROUPS, BLOCK_D]
         grad_pooled = tl.load(grad_pooled_ptr + slice_offsets, mask=d_inside, other=0.0).to(ACC)
@@ -596,7 +553,7 @@ def context_pool_bwd_kernel(
         product += x * token_grad_pooled
         grad_x = tl.where(weights[:, None] == 0.0, 0.0, dropped[:, None] * token_grad_pooled)
         grad_x_offsets = tile_offsets(
-            grad_x_offset, n, d, grad_x_strides, width, UNIFORM, GRAD_X_LAYOUT, WORD
+            grad_x_ptr, grad_x_offset, n, d, grad_x_strides, width, UNIFORM, GRAD_X_LAYOUT
         )
         tl.store(
             grad_x_ptr + grad_x_offsets, grad_x.to(grad_x_ptr.dtype.element_ty), mask=tile_mask
@@ -637,46 +594,38 @@ def _plan_backward(
     grad_pooled_strides: tuple[int, ...],
     weight_sum_stride: int,
     grad_weight_sum_stride: int,
-    **stride: tuple[int, ...] | None,
+    **strides: tuple[int, ...] | None,
 ) -> Plan:
-    grid = token_grid(shape, patch_h, patch_w)
-    strides = {
-        name: grid_strides(shape, value, grid)
-        for name, value in stride.items()
-        if value is not None
-    }
-    uniform = is_uniform(grid, strides.values())
-    layout = memory_layout(dtype.itemsize, grid, strides["x_strides"], uniform)
-    grad_x_layout = memory_layout(dtype.itemsize, grid, strides["grad_x_strides"], uniform)
-    block_n, block_d = tile_shape(dtype.itemsize, layout, grid.channels)
-    strides |= {"pooled_strides": pooled_strides, "grad_pooled_strides": grad_pooled_strides}
+    operands = Operands(dtype.itemsize, patch_h, patch_w, (shape, strides))
+    grid = operands.grid
+    block_n, block_d = tile_shape(dtype.itemsize, operands.layouts["x"], grid.channels)
     splits, split_tiles = split_tokens(grid.bands, grid.tokens, WEIGHTS_BLOCK)
     both = {
         **grid.arguments(),
         "splits": splits,
-        "UNIFORM": uniform,
+        "UNIFORM": operands.uniform,
         "ACC": ACCUMULATE[accumulate_dtype(dtype)],
     }
     backward = {
         **both,
-        **shifted(strides, (*stride, "pooled_strides", "grad_pooled_strides")),
+        **operands.of_tensors(*strides),
+        "pooled_strides": shifted(pooled_strides),
+        "grad_pooled_strides": shifted(grad_pooled_strides),
         "weight_sum_stride": weight_sum_stride,
         "grad_weight_sum_stride": grad_weight_sum_stride,
-        "X_LAYOUT": layout,
-        "GRAD_X_LAYOUT": grad_x_layout,
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
         "MOST_SPLITS": PROGRAMS,
     }
     weights = {
         **both,
-        **shifted(strides, ("grad_weights_strides", "weights_strides")),
+        **operands.of_tensors("grad_weights", "weights"),
         "split_tiles": split_tiles,
         "BLOCK_N": WEIGHTS_BLOCK,
     }
     programs = grid.bands * triton.cdiv(grid.tokens, block_n)
     launches = [Launch(context_pool_bwd_kernel, programs, backward)]
-    if "grad_weights_strides" in strides:
+    if "grad_weights" in operands.strides:
         of_weights = Launch(context_pool_bwd_weights_kernel, grid.bands * splits, weights)
         launches.insert(0, of_weights)
     return Plan(splits, tuple(launches))
@@ -724,12 +673,12 @@ def context_pool_backward(
         grad_pooled.stride(),
         weight_sum.stride(0),
         0 if grad_weight_sum is None else grad_weight_sum.stride(0),
-        x_strides=x.stride(),
-        grad_x_strides=grad_x.stride(),
-        weights_strides=weights.stride(),
-        dropout_strides=None if dropout_scale is None else dropout_scale.stride(),
-        grad_weights_strides=None if grad_weights is None else grad_weights.stride(),
-        grad_scores_strides=grad_scores.stride(),
+        x=x.stride(),
+        grad_x=grad_x.stride(),
+        weights=weights.stride(),
+        dropout=None if dropout_scale is None else dropout_scale.stride(),
+        grad_weights=None if grad_weights is None else grad_weights.stride(),
+        grad_scores=grad_scores.stride(),
     )
     partial = None
     if grad_weights is not None:

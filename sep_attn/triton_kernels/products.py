@@ -16,45 +16,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sep_attn.triton_kernels.launch import band_offset, token_offsets
+from sep_attn.triton_kernels.gating import activate
+from sep_attn.triton_kernels.launch import VARYING, in_words
 from sep_attn.triton_kernels.tiles import (
-    activate,
     draw_dropout,
-    in_words,
     load_bias,
     load_columns,
     load_slice_columns,
     load_slice_row,
+    load_values,
     load_weight,
+    program_columns,
     row_offsets,
-    row_slots,
+    row_slices,
     store_columns,
     tile_rows,
 )
 
-_VARYING = (
-    "bands",
-    "tokens",
-    "width",
-    "tiles",
-    "band_tiles",
-    "slices",
-    "splits",
-    "split_tiles",
-    "row_size",
-    "a_strides",
-    "b_strides",
-    "x_strides",
-    "out_strides",
-    "weights_strides",
-    "grad_scores_strides",
-    "grad_out_strides",
-    "gated_strides",
-    "grad_v_strides",
-)
 
-
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def token_product_kernel(
     a_ptr,
     a_strides,
@@ -93,21 +73,18 @@ def token_product_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    WORD: tl.constexpr = 128 // a_ptr.dtype.element_ty.primitive_bitwidth
     EVEN_E: tl.constexpr = D % BLOCK_E == 0
     EVEN_K: tl.constexpr = D % BLOCK_K == 0
-    WIDE: tl.constexpr = A_LAYOUT == "tokens_wide" or OUT_LAYOUT == "tokens_wide"
-    tokens, width = in_words(tokens, width, WIDE, WORD, GROUPS)
-    columns = tl.cdiv(D, BLOCK_E)
-    i_tile = tl.program_id(0) // columns
-    e = tl.program_id(0) % columns * BLOCK_E + tl.arange(0, BLOCK_E)  # [BLOCK_E]
-    band, n, inside = tile_rows(i_tile, band_tiles, bands, tokens, BANDS, BLOCK_N)
-    rows = row_offsets(band, n, a_strides, width, patch_h, patch_w, UNIFORM, A_LAYOUT, WORD)
+    tokens, width, _ = in_words(tokens, width, D, a_ptr, GROUPS, A_LAYOUT, OUT_LAYOUT)
+    grid = (bands, tokens, width, patch_h, patch_w, band_tiles)
+    i_tile, e = program_columns(D, BLOCK_E)  # e: [BLOCK_E]
+    tile = tile_rows(i_tile, grid, BANDS, BLOCK_N)
+    rows = row_offsets(a_ptr, a_strides, tile, UNIFORM, A_LAYOUT)
 
     acc = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for first in tl.range(0, D, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-        a = load_columns(a_ptr, rows, inside, k, a_strides, D, EVEN_K, A_LAYOUT, WORD)
+        a = load_columns(a_ptr, a_strides, tile, rows, k, D, EVEN_K, A_LAYOUT)
         if TRANSPOSED:
             b = load_weight(weight_ptr, e, k, D, EVEN_E, EVEN_K).T  # [BLOCK_K, BLOCK_E]
         else:
@@ -116,29 +93,25 @@ def token_product_kernel(
 
     if bias_ptr is not None:
         acc += load_bias(bias_ptr, e, D)[None, :]
-    first_slice = i_tile // band_tiles * (BANDS * GROUPS)
-    slots = row_slots(BANDS, GROUPS, BLOCK_N)  # [BLOCK_N]
+    first_slice, slots = row_slices(tile, BANDS, GROUPS)
     if EPILOGUE == "gate":
         acc = activate(acc, ACT)
         for slot in range(0, BANDS * GROUPS):
             row = load_slice_row(slice_ptr, row_size, first_slice + slot, slices, e, D)
             acc = tl.where((slots == slot)[:, None], acc * row[None, :], acc)
     if EPILOGUE == "pool":
-        offsets = band_offset(band, weights_strides, patch_h, patch_w)
-        offsets += token_offsets(n, weights_strides, width, UNIFORM)
-        weights = tl.load(weights_ptr + offsets, mask=inside, other=0.0)  # [BLOCK_N]
+        weights = load_values(weights_ptr, weights_strides, tile, UNIFORM)  # [BLOCK_N]
         if seed_ptr is not None:
+            _, _, band, n, _ = tile
             weights *= draw_dropout(seed_ptr, dropout_p, band, n)
         for slot in range(0, BANDS * GROUPS):
             row = load_slice_row(slice_ptr, row_size, first_slice + slot, slices, e, D)
             felt = (slots == slot) & (weights != 0.0)  # a weight of 0 lets no NaN through
             acc += tl.where(felt[:, None], weights[:, None] * row[None, :], 0.0)
-        offsets = band_offset(band, grad_scores_strides, patch_h, patch_w)
-        offsets += token_offsets(n, grad_scores_strides, width, UNIFORM)
-        grad_scores = tl.load(grad_scores_ptr + offsets, mask=inside, other=0.0)
+        grad_scores = load_values(grad_scores_ptr, grad_scores_strides, tile, UNIFORM)
         acc += grad_scores[:, None] * load_bias(score_weight_ptr, e, D)[None, :]
-    rows = row_offsets(band, n, out_strides, width, patch_h, patch_w, UNIFORM, OUT_LAYOUT, WORD)
-    store_columns(out_ptr, acc, rows, inside, e, out_strides, D, EVEN_E, OUT_LAYOUT, WORD)
+    rows = row_offsets(out_ptr, out_strides, tile, UNIFORM, OUT_LAYOUT)
+    store_columns(out_ptr, out_strides, tile, rows, acc, e, D, EVEN_E, OUT_LAYOUT)
 
 
 @triton.jit
@@ -146,17 +119,8 @@ def gate_bwd_tile(
     v,  # [BLOCK_N, BLOCK_E]
     grad_gated,  # [BLOCK_N, BLOCK_E]
     e,  # [BLOCK_E]
-    band,
-    n,  # [BLOCK_N]
-    inside,  # [BLOCK_N]
-    i_tile,
-    band_tiles,
-    slices,
-    width,
-    patch_h,
-    patch_w,
+    tile,
     grad_out_ptr,
-    grad_rows,  # [BLOCK_N], offsets
     grad_out_strides,
     statistics_ptr,  # [S, 2 D + 1]: pooled | context | sum of the dropped weights
     gated_ptr,
@@ -164,46 +128,38 @@ def gate_bwd_tile(
     grad_v_ptr,
     grad_v_strides,
     partial_ptr,  # [tiles, SLICES + 2, D]: gradient of each context | of b_V | of b_O
+    slices,
     D: tl.constexpr,
+    EVEN_E: tl.constexpr,
     GRAD_OUT_LAYOUT: tl.constexpr,
     GATED_LAYOUT: tl.constexpr,
     GRAD_V_LAYOUT: tl.constexpr,
     UNIFORM: tl.constexpr,
-    WORD: tl.constexpr,
     BANDS: tl.constexpr,
     GROUPS: tl.constexpr,
     ACT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     UNROLL: tl.constexpr,  # inside a loop that is to be pipelined
 ):
     # Stores dv, the tile's sums and, where they are wanted, the gated values; gives these and dv.
     SLICES: tl.constexpr = BANDS * GROUPS
-    EVEN_E: tl.constexpr = D % BLOCK_E == 0
-    slots = row_slots(BANDS, GROUPS, BLOCK_N)
-    first_slice = i_tile // band_tiles * SLICES
+    first_slice, slots = row_slices(tile, BANDS, GROUPS)
     context = load_slice_columns(
-        statistics_ptr + D, 2 * D + 1, first_slice, slices, slots, e, D, SLICES, UNROLL
+        statistics_ptr + D, 2 * D + 1, first_slice, slots, slices, e, D, SLICES, UNROLL
     )  # [BLOCK_N or 1, BLOCK_E]
     active = activate(v, ACT)
     if gated_ptr is not None:
-        rows = row_offsets(
-            band, n, gated_strides, width, patch_h, patch_w, UNIFORM, GATED_LAYOUT, WORD
-        )
+        rows = row_offsets(gated_ptr, gated_strides, tile, UNIFORM, GATED_LAYOUT)
         gated = active * context
-        store_columns(
-            gated_ptr, gated, rows, inside, e, gated_strides, D, EVEN_E, GATED_LAYOUT, WORD
-        )
+        store_columns(gated_ptr, gated_strides, tile, rows, gated, e, D, EVEN_E, GATED_LAYOUT)
     grad_v = grad_gated * context
     if ACT == "relu":
         grad_v = tl.where(v <= 0.0, 0.0, grad_v)
     stored_grad_v = grad_v.to(grad_v_ptr.dtype.element_ty)
-    rows = row_offsets(
-        band, n, grad_v_strides, width, patch_h, patch_w, UNIFORM, GRAD_V_LAYOUT, WORD
-    )
+    rows = row_offsets(grad_v_ptr, grad_v_strides, tile, UNIFORM, GRAD_V_LAYOUT)
     store_columns(
-        grad_v_ptr, stored_grad_v, rows, inside, e, grad_v_strides, D, EVEN_E, GRAD_V_LAYOUT, WORD
+        grad_v_ptr, grad_v_strides, tile, rows, stored_grad_v, e, D, EVEN_E, GRAD_V_LAYOUT
     )
+    _, i_tile, _, _, _ = tile
     partial_ptr += i_tile.to(tl.int64) * ((SLICES + 2) * D)
     grad_context = grad_gated * active
     for slot in tl.static_range(SLICES):
@@ -212,15 +168,16 @@ def gate_bwd_tile(
             own = tl.where((slots == slot)[:, None], grad_context, 0.0)
         tl.store(partial_ptr + slot * D + e, tl.sum(own, axis=0), mask=e < D)
     tl.store(partial_ptr + SLICES * D + e, tl.sum(grad_v, axis=0), mask=e < D)
+    rows = row_offsets(grad_out_ptr, grad_out_strides, tile, UNIFORM, GRAD_OUT_LAYOUT)
     grad_out = load_columns(
-        grad_out_ptr, grad_rows, inside, e, grad_out_strides, D, EVEN_E, GRAD_OUT_LAYOUT, WORD
+        grad_out_ptr, grad_out_strides, tile, rows, e, D, EVEN_E, GRAD_OUT_LAYOUT
     )
     grad_bias = tl.sum(grad_out.to(tl.float32), axis=0)
     tl.store(partial_ptr + (SLICES + 1) * D + e, grad_bias, mask=e < D)
     return (active * context).to(grad_v_ptr.dtype.element_ty), stored_grad_v
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def value_gate_bwd_kernel(
     grad_out_ptr,
     grad_out_strides,
@@ -257,31 +214,26 @@ def value_gate_bwd_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    WORD: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     EVEN_E: tl.constexpr = D % BLOCK_E == 0
     EVEN_K: tl.constexpr = D % BLOCK_K == 0
-    WIDE: tl.constexpr = X_LAYOUT == "tokens_wide" or GRAD_OUT_LAYOUT == "tokens_wide"
-    tokens, width = in_words(tokens, width, WIDE, WORD, GROUPS)
-    columns = tl.cdiv(D, BLOCK_E)
-    i_tile = tl.program_id(0) // columns
-    e = tl.program_id(0) % columns * BLOCK_E + tl.arange(0, BLOCK_E)  # [BLOCK_E]
-    band, n, inside = tile_rows(i_tile, band_tiles, bands, tokens, BANDS, BLOCK_N)
-    x_rows = row_offsets(band, n, x_strides, width, patch_h, patch_w, UNIFORM, X_LAYOUT, WORD)
-    grad_rows = row_offsets(
-        band, n, grad_out_strides, width, patch_h, patch_w, UNIFORM, GRAD_OUT_LAYOUT, WORD
-    )
+    tokens, width, _ = in_words(tokens, width, D, x_ptr, GROUPS, X_LAYOUT, GRAD_OUT_LAYOUT)
+    grid = (bands, tokens, width, patch_h, patch_w, band_tiles)
+    i_tile, e = program_columns(D, BLOCK_E)  # e: [BLOCK_E]
+    tile = tile_rows(i_tile, grid, BANDS, BLOCK_N)
+    x_rows = row_offsets(x_ptr, x_strides, tile, UNIFORM, X_LAYOUT)
+    grad_rows = row_offsets(grad_out_ptr, grad_out_strides, tile, UNIFORM, GRAD_OUT_LAYOUT)
 
     v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     grad_gated = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for first in tl.range(0, D, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-        x = load_columns(x_ptr, x_rows, inside, k, x_strides, D, EVEN_K, X_LAYOUT, WORD)
+        x = load_columns(x_ptr, x_strides, tile, x_rows, k, D, EVEN_K, X_LAYOUT)
         value_weight = load_weight(
             qkv_weight_ptr + (1 + D) * D, e, k, D, EVEN_E, EVEN_K
         )  # [BLOCK_E, BLOCK_K]
         v = tl.dot(x, value_weight.T, v, input_precision=PRECISION)
         grad_out = load_columns(
-            grad_out_ptr, grad_rows, inside, k, grad_out_strides, D, EVEN_K, GRAD_OUT_LAYOUT, WORD
+            grad_out_ptr, grad_out_strides, tile, grad_rows, k, D, EVEN_K, GRAD_OUT_LAYOUT
         )
         out_weight = load_weight(out_weight_ptr, k, e, D, EVEN_K, EVEN_E)  # [BLOCK_K, BLOCK_E]
         grad_gated = tl.dot(grad_out, out_weight, grad_gated, input_precision=PRECISION)
@@ -292,17 +244,8 @@ def value_gate_bwd_kernel(
         v,
         grad_gated,
         e,
-        band,
-        n,
-        inside,
-        i_tile,
-        band_tiles,
-        slices,
-        width,
-        patch_h,
-        patch_w,
+        tile,
         grad_out_ptr,
-        grad_rows,
         grad_out_strides,
         statistics_ptr,
         gated_ptr,
@@ -310,22 +253,21 @@ def value_gate_bwd_kernel(
         grad_v_ptr,
         grad_v_strides,
         partial_ptr,
+        slices,
         D,
+        EVEN_E,
         GRAD_OUT_LAYOUT,
         GATED_LAYOUT,
         GRAD_V_LAYOUT,
         UNIFORM,
-        WORD,
         BANDS,
         GROUPS,
         ACT,
-        BLOCK_N,
-        BLOCK_E,
         False,
     )
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def weight_grad_kernel(
     a_ptr,
     a_strides,
@@ -351,11 +293,10 @@ def weight_grad_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    WORD: tl.constexpr = 128 // a_ptr.dtype.element_ty.primitive_bitwidth
     EVEN_I: tl.constexpr = D % BLOCK_I == 0
     EVEN_J: tl.constexpr = D % BLOCK_J == 0
-    WIDE: tl.constexpr = A_LAYOUT == "tokens_wide" or B_LAYOUT == "tokens_wide"
-    tokens, width = in_words(tokens, width, WIDE, WORD, GROUPS)
+    tokens, width, _ = in_words(tokens, width, D, a_ptr, GROUPS, A_LAYOUT, B_LAYOUT)
+    grid = (bands, tokens, width, patch_h, patch_w, band_tiles)
     pid = tl.program_id(0)
     i_columns = tl.cdiv(D, BLOCK_I)
     j_columns = tl.cdiv(D, BLOCK_J)
@@ -365,18 +306,18 @@ def weight_grad_kernel(
     acc = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
     last = tl.minimum((i_split + 1) * split_tiles, tiles)
     for i_tile in tl.range(i_split * split_tiles, last):
-        band, n, inside = tile_rows(i_tile, band_tiles, bands, tokens, BANDS, BLOCK_N)
-        rows = row_offsets(band, n, a_strides, width, patch_h, patch_w, UNIFORM, A_LAYOUT, WORD)
-        a = load_columns(a_ptr, rows, inside, i, a_strides, D, EVEN_I, A_LAYOUT, WORD)
-        rows = row_offsets(band, n, b_strides, width, patch_h, patch_w, UNIFORM, B_LAYOUT, WORD)
-        b = load_columns(b_ptr, rows, inside, j, b_strides, D, EVEN_J, B_LAYOUT, WORD)
+        tile = tile_rows(i_tile, grid, BANDS, BLOCK_N)
+        rows = row_offsets(a_ptr, a_strides, tile, UNIFORM, A_LAYOUT)
+        a = load_columns(a_ptr, a_strides, tile, rows, i, D, EVEN_I, A_LAYOUT)
+        rows = row_offsets(b_ptr, b_strides, tile, UNIFORM, B_LAYOUT)
+        b = load_columns(b_ptr, b_strides, tile, rows, j, D, EVEN_J, B_LAYOUT)
         acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
     offsets = i.to(tl.int64)[:, None] * D + j[None, :]
     partial_ptr += i_split.to(tl.int64) * (D * D)
     tl.store(partial_ptr + offsets, acc, mask=(i < D)[:, None] & (j < D)[None, :])
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def sum_parts_kernel(
     partial_ptr,  # [splits, values]
     sums_ptr,  # [values]

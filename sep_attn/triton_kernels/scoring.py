@@ -12,127 +12,101 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sep_attn.triton_kernels.launch import band_offset, by_group, spread, token_offsets
+from sep_attn.triton_kernels.launch import VARYING, band_offset, by_group, in_words, spread
 from sep_attn.triton_kernels.pooling import write_weights
 from sep_attn.triton_kernels.tiles import (
     chunk_channels,
     chunk_even,
-    chunk_width,
     draw_dropout,
-    in_words,
     load_bias,
+    load_kept,
     load_tokens,
+    load_values,
     load_weight,
     row_offsets,
-    row_slots,
+    row_slices,
     slice_max,
     slice_sum,
     spread_slices,
     store_columns,
+    store_values,
     tile_rows,
+    zero_chunks,
 )
 
 # float32's; a maximum of -inf says that no token was kept, a kept score of -inf counts as this.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
-_VARYING = (
-    "bands",
-    "tokens",
-    "width",
-    "tiles",
-    "band_tiles",
-    "splits",
-    "split_tiles",
-    "parts",
-    "slices",
-    "source_strides",
-    "mask_strides",
-    "weights_strides",
-    "grad_scores_strides",
-    "grad_weights_strides",
-    "grad_source_strides",
-)
-
-
-@triton.jit
-def score_tile(
-    chunks,
-    score_weight_ptr,  # [D]
-    score_bias_ptr,
-    mask_ptr,
-    mask_strides,
-    band,
-    n,  # [BLOCK_N]
-    inside,  # [BLOCK_N]
-    width,
-    patch_h,
-    patch_w,
-    D: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    UNIFORM: tl.constexpr,
-):
-    # The scores, -inf for tokens left out; which are kept; x with 0 for those left out.
-    scores = tl.zeros(n.shape, tl.float32)
-    for i in tl.static_range(len(CHUNKS)):
-        d = chunk_channels(CHUNKS, i)
-        score_weight = load_bias(score_weight_ptr, d, D)
-        scores += tl.sum(chunks[i].to(tl.float32) * score_weight[None, :], axis=1)
-    if score_bias_ptr is not None:
-        scores += tl.load(score_bias_ptr).to(tl.float32)
-    kept = inside
-    if mask_ptr is not None:
-        offsets = band_offset(band, mask_strides, patch_h, patch_w)
-        offsets += token_offsets(n, mask_strides, width, UNIFORM)
-        kept = inside & (tl.load(mask_ptr + offsets, mask=inside, other=1) == 0)
-        masked = ()
-        for i in tl.static_range(len(CHUNKS)):
-            masked = masked + (tl.where(kept[:, None], chunks[i], 0.0),)
-        chunks = masked
-    return tl.where(kept, scores, float("-inf")), kept, chunks
-
 
 @triton.jit
 def start_pool(CHUNKS: tl.constexpr, SLICES: tl.constexpr):
-    pooled = ()
-    for i in tl.static_range(len(CHUNKS)):
-        pooled = pooled + (tl.zeros((SLICES, chunk_width(CHUNKS, i)), tl.float32),)
+    # A running softmax: maximum, total and total after dropout (0 where there is none) of each
+    # slice, [SLICES], and its tokens' sum, a tuple of [SLICES, width of the chunk].
     maximum = tl.full((SLICES,), float("-inf"), tl.float32)
-    return maximum, tl.zeros((SLICES,), tl.float32), tl.zeros((SLICES,), tl.float32), pooled
+    zeros = tl.zeros((SLICES,), tl.float32)
+    return maximum, zeros, zeros, zero_chunks(CHUNKS, SLICES)
 
 
 @triton.jit
 def pool_tile(
-    maximum,  # [SLICES]
-    total,  # [SLICES]
-    dropped_total,  # [SLICES]
-    pooled,  # tuple of [SLICES, width of the chunk]
-    chunks,  # tuple of [BLOCK_N, width of the chunk]
-    scores,  # [BLOCK_N]
-    kept,  # [BLOCK_N]
-    dropout,  # [BLOCK_N] or None
+    pool,  # of start_pool
+    tile,
+    source_ptr,
+    source_strides,
+    qkv_weight_ptr,  # [1 + 2 D, D]
+    qkv_bias_ptr,
+    mask_ptr,
+    mask_strides,
+    seed_ptr,
+    dropout_p,
+    scores_ptr,  # the scores, where the weights will stand
+    scores_strides,
+    D: tl.constexpr,
     CHUNKS: tl.constexpr,
+    SOURCE_LAYOUT: tl.constexpr,
+    UNIFORM: tl.constexpr,
     BANDS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    # One step of the running softmax.
-    BLOCK_N: tl.constexpr = scores.shape[0]
+    # One step of the running softmax: the tile's scores, stored where they are wanted, and its
+    # tokens added to the pool.
+    maximum, total, dropped_total, pooled = pool
+    _, _, band, n, _ = tile
+    BLOCK_N: tl.constexpr = n.shape[0]
+    x = load_tokens(source_ptr, source_strides, tile, D, CHUNKS, UNIFORM, SOURCE_LAYOUT)
+    scores = tl.zeros((BLOCK_N,), tl.float32)
+    for i in tl.static_range(len(CHUNKS)):
+        score_weight = load_bias(qkv_weight_ptr, chunk_channels(CHUNKS, i), D)
+        scores += tl.sum(x[i].to(tl.float32) * score_weight[None, :], axis=1)
+    if qkv_bias_ptr is not None:
+        scores += tl.load(qkv_bias_ptr).to(tl.float32)
+    kept = load_kept(mask_ptr, mask_strides, tile, UNIFORM)
+    if mask_ptr is not None:
+        masked = ()
+        for i in tl.static_range(len(CHUNKS)):
+            masked = masked + (tl.where(kept[:, None], x[i], 0.0),)
+        x = masked
+    scores = tl.where(kept, scores, float("-inf"))
+    if scores_ptr is not None:
+        store_values(scores_ptr, scores_strides, tile, scores, UNIFORM)
+
     candidate = tl.where(kept, tl.maximum(scores, LOWEST), float("-inf"))
     new_maximum = tl.maximum(maximum, slice_max(candidate, BANDS, GROUPS))  # [SLICES]
     shift = tl.maximum(new_maximum, LOWEST)
     rescale = tl.exp(maximum - shift)
     weights = tl.exp(scores - spread_slices(shift, BANDS, GROUPS, BLOCK_N))  # [BLOCK_N]
     total = total * rescale + slice_sum(weights, BANDS, GROUPS)
-    if dropout is not None:
-        weights *= dropout
+    if seed_ptr is not None:
+        weights *= draw_dropout(seed_ptr, dropout_p, band, n)
         dropped_total = dropped_total * rescale + slice_sum(weights, BANDS, GROUPS)
     new_pooled = ()
     for i in tl.static_range(len(CHUNKS)):
-        tile_pooled = slice_sum(weights[:, None] * chunks[i].to(tl.float32), BANDS, GROUPS)
+        tile_pooled = slice_sum(weights[:, None] * x[i].to(tl.float32), BANDS, GROUPS)
         new_pooled = new_pooled + (pooled[i] * rescale[:, None] + tile_pooled,)
     return new_maximum, total, dropped_total, new_pooled
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def score_pool_fwd_kernel(
     source_ptr,
     source_strides,
@@ -159,48 +133,36 @@ def score_pool_fwd_kernel(
     BLOCK_N: tl.constexpr,
     POOL_STAGES: tl.constexpr,
 ):
-    WORD: tl.constexpr = 128 // source_ptr.dtype.element_ty.primitive_bitwidth
-    WIDE: tl.constexpr = SOURCE_LAYOUT == "tokens_wide"
-    tokens, width = in_words(tokens, width, WIDE, WORD, GROUPS)
+    tokens, width, _ = in_words(tokens, width, D, source_ptr, GROUPS, SOURCE_LAYOUT)
     i_band = tl.program_id(0) // splits
     i_split = tl.program_id(0) % splits
-    maximum, total, dropped_total, pooled = start_pool(CHUNKS, GROUPS)
-    last = tl.minimum((i_split + 1) * split_tiles, tl.cdiv(tokens, BLOCK_N))
+    pool = start_pool(CHUNKS, GROUPS)
+    band_tiles = tl.cdiv(tokens, BLOCK_N)
+    last = tl.minimum((i_split + 1) * split_tiles, band_tiles)
+    grid = (tl.num_programs(0) // splits, tokens, width, patch_h, patch_w, band_tiles)
     for i_tile in tl.range(i_split * split_tiles, last, num_stages=POOL_STAGES):
         n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        inside = n < tokens
-        rows = row_offsets(
-            i_band, n, source_strides, width, patch_h, patch_w, UNIFORM, SOURCE_LAYOUT, WORD
-        )
-        chunks = load_tokens(
-            source_ptr, rows, inside, source_strides, D, CHUNKS, SOURCE_LAYOUT, WORD
-        )
-        scores, kept, chunks = score_tile(
-            chunks,
+        pool = pool_tile(
+            pool,
+            (grid, i_tile, i_band, n, n < tokens),
+            source_ptr,
+            source_strides,
             qkv_weight_ptr,
             qkv_bias_ptr,
             mask_ptr,
             mask_strides,
-            i_band,
-            n,
-            inside,
-            width,
-            patch_h,
-            patch_w,
+            seed_ptr,
+            dropout_p,
+            scores_ptr,
+            scores_strides,
             D,
             CHUNKS,
+            SOURCE_LAYOUT,
             UNIFORM,
+            1,
+            GROUPS,
         )
-        if scores_ptr is not None:
-            offsets = band_offset(i_band, scores_strides, patch_h, patch_w)
-            offsets += token_offsets(n, scores_strides, width, UNIFORM)
-            tl.store(scores_ptr + offsets, scores, mask=inside)
-        dropout = None
-        if seed_ptr is not None:
-            dropout = draw_dropout(seed_ptr, dropout_p, i_band, n)
-        maximum, total, dropped_total, pooled = pool_tile(
-            maximum, total, dropped_total, pooled, chunks, scores, kept, dropout, CHUNKS, 1, GROUPS
-        )
+    maximum, total, dropped_total, pooled = pool
     if seed_ptr is None:
         dropped_total = total
     part = (i_band.to(tl.int64) * splits + i_split) * GROUPS + tl.arange(0, GROUPS)  # [GROUPS]
@@ -214,7 +176,7 @@ def score_pool_fwd_kernel(
     tl.store(partial_ptr + D + 2 + part_offsets, dropped_total)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def context_combine_kernel(
     partial_ptr,  # [bands, splits, GROUPS, D + 3]
     qkv_weight_ptr,  # [1 + 2 D, D]
@@ -315,7 +277,7 @@ def context_combine_kernel(
         )
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def source_bwd_kernel(
     source_ptr,
     source_strides,
@@ -352,44 +314,39 @@ def source_bwd_kernel(
     BLOCK_N: tl.constexpr,
     POOL_STAGES: tl.constexpr,
 ):
-    WORD: tl.constexpr = 128 // source_ptr.dtype.element_ty.primitive_bitwidth
     SLICES: tl.constexpr = BANDS * GROUPS
-    WIDE: tl.constexpr = SOURCE_LAYOUT == "tokens_wide" or GRAD_SOURCE_LAYOUT == "tokens_wide"
-    tokens, width = in_words(tokens, width, WIDE, WORD, GROUPS)
+    tokens, width, _ = in_words(
+        tokens, width, D, source_ptr, GROUPS, SOURCE_LAYOUT, GRAD_SOURCE_LAYOUT
+    )
+    grid = (bands, tokens, width, patch_h, patch_w, band_tiles)
     pid = tl.program_id(0)
-    _, _, grad_bias, grad_score_weight = start_pool(CHUNKS, 1)
+    grad_bias = tl.zeros((1,), tl.float32)
+    grad_score_weight = zero_chunks(CHUNKS, 1)
     last = tl.minimum((pid + 1) * split_tiles, tiles)
     for i_tile in tl.range(pid * split_tiles, last, num_stages=POOL_STAGES):
-        band, n, inside = tile_rows(i_tile, band_tiles, bands, tokens, BANDS, BLOCK_N)
-        first_slice = i_tile // band_tiles * SLICES
-        offsets = band_offset(band, weights_strides, patch_h, patch_w)
-        offsets += token_offsets(n, weights_strides, width, UNIFORM)
-        weights = tl.load(weights_ptr + offsets, mask=inside, other=0.0)  # [BLOCK_N]
+        tile = tile_rows(i_tile, grid, BANDS, BLOCK_N)
+        weights = load_values(weights_ptr, weights_strides, tile, UNIFORM)  # [BLOCK_N]
         # A weight of 0 takes no gradient, whatever its token holds: a masked one may hold NaN.
         felt = weights != 0.0
-        rows = row_offsets(
-            band, n, source_strides, width, patch_h, patch_w, UNIFORM, SOURCE_LAYOUT, WORD
-        )
-        chunks = load_tokens(
-            source_ptr, rows, inside, source_strides, D, CHUNKS, SOURCE_LAYOUT, WORD
-        )
-        i_slice = first_slice + row_slots(BANDS, GROUPS, BLOCK_N)  # [BLOCK_N]
-        slice_grads = slice_grads_ptr + i_slice.to(tl.int64) * 2
+        x = load_tokens(source_ptr, source_strides, tile, D, CHUNKS, UNIFORM, SOURCE_LAYOUT)
+        first_slice, slots = row_slices(tile, BANDS, GROUPS)
+        slice_grads = slice_grads_ptr + (first_slice + slots).to(tl.int64) * 2
+        _, _, band, n, inside = tile
         grad = tl.load(slice_grads, mask=inside, other=0.0)  # [BLOCK_N]
         delta = tl.load(slice_grads + 1, mask=inside, other=0.0)
-        slot = first_slice + tl.arange(0, SLICES)  # [SLICES]
+        i_slice = first_slice + tl.arange(0, SLICES)  # [SLICES]
         grad_rows = ()
         for i in tl.static_range(len(CHUNKS)):
             d = chunk_channels(CHUNKS, i)
             grad_pooled = tl.load(
-                grad_pooled_ptr + slot.to(tl.int64)[:, None] * D + d[None, :],
-                mask=(slot < slices)[:, None] & (d < D)[None, :],
+                grad_pooled_ptr + i_slice.to(tl.int64)[:, None] * D + d[None, :],
+                mask=(i_slice < slices)[:, None] & (d < D)[None, :],
                 other=0.0,
             )  # [SLICES, width]
             grad_row = grad_pooled  # one for all tokens, or one a token
             if SLICES > 1:
                 grad_row = spread_slices(grad_pooled, BANDS, GROUPS, BLOCK_N)
-            grad += tl.sum(chunks[i].to(tl.float32) * grad_row, axis=1)
+            grad += tl.sum(x[i].to(tl.float32) * grad_row, axis=1)
             grad_rows = grad_rows + (grad_row,)
         dropped = weights
         if seed_ptr is not None:
@@ -397,31 +354,20 @@ def source_bwd_kernel(
             dropped = weights * dropout
             grad *= dropout
         if grad_weights_ptr is not None:
-            offsets = band_offset(band, grad_weights_strides, patch_h, patch_w)
-            offsets += token_offsets(n, grad_weights_strides, width, UNIFORM)
-            grad += tl.load(grad_weights_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+            grad_weights = load_values(grad_weights_ptr, grad_weights_strides, tile, UNIFORM)
+            grad += grad_weights.to(tl.float32)
         grad_scores = tl.where(felt, weights * (grad - delta), 0.0)  # [BLOCK_N]
-        offsets = band_offset(band, grad_scores_strides, patch_h, patch_w)
-        offsets += token_offsets(n, grad_scores_strides, width, UNIFORM)
-        tl.store(grad_scores_ptr + offsets, grad_scores, mask=inside)
+        store_values(grad_scores_ptr, grad_scores_strides, tile, grad_scores, UNIFORM)
         grad_bias += tl.sum(grad_scores, axis=0)
         new_grad = ()
         for i in tl.static_range(len(CHUNKS)):
-            x = tl.where(felt[:, None], chunks[i], 0.0).to(tl.float32)
-            products = tl.sum(grad_scores[:, None] * x, axis=0)[None, :]
+            felt_x = tl.where(felt[:, None], x[i], 0.0).to(tl.float32)
+            products = tl.sum(grad_scores[:, None] * felt_x, axis=0)[None, :]
             new_grad = new_grad + (grad_score_weight[i] + products,)
         grad_score_weight = new_grad
         if grad_source_ptr is not None:
             rows = row_offsets(
-                band,
-                n,
-                grad_source_strides,
-                width,
-                patch_h,
-                patch_w,
-                UNIFORM,
-                GRAD_SOURCE_LAYOUT,
-                WORD,
+                grad_source_ptr, grad_source_strides, tile, UNIFORM, GRAD_SOURCE_LAYOUT
             )
             for i in tl.static_range(len(CHUNKS)):
                 d = chunk_channels(CHUNKS, i)
@@ -430,15 +376,14 @@ def source_bwd_kernel(
                 grad_source += grad_scores[:, None] * score_weight[None, :]
                 store_columns(
                     grad_source_ptr,
-                    grad_source,
-                    rows,
-                    inside,
-                    d,
                     grad_source_strides,
+                    tile,
+                    rows,
+                    grad_source,
+                    d,
                     D,
                     chunk_even(CHUNKS, i, D),
                     GRAD_SOURCE_LAYOUT,
-                    WORD,
                 )
     partial_ptr += pid.to(tl.int64) * (D + 1)
     for i in tl.static_range(len(CHUNKS)):

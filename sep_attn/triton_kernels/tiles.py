@@ -5,6 +5,14 @@ A tile has BLOCK_N rows, one a token, and D channels in pieces (*chunks*) whose 
 two. Its tokens are of one band (:mod:`sep_attn.triton_kernels.launch`), or, where bands are short,
 of BANDS bands side by side, each padded to BLOCK_N / BANDS rows. It holds SLICES = BANDS * GROUPS
 slices; slice ``s`` of the call is slot ``s % SLICES`` of tile ``s // SLICES``.
+
+What kernels know of it they hand about in two tuples, plain ones, for Inductor writes a kernel's
+helpers anew and knows no classes:
+
+- ``grid``: ``bands``, ``tokens``, ``width``, ``patch_h`` and ``patch_w`` of
+  :class:`~sep_attn.triton_kernels.launch.TokenGrid`, and ``band_tiles``, the tiles of a band;
+- ``tile``: that grid, the tile's number, and of its rows the band (``[BLOCK_N]`` where bands lie
+  side by side), the token ``n [BLOCK_N]`` and whether there is such a token, ``inside [BLOCK_N]``.
 """
 
 from __future__ import annotations
@@ -18,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from sep_attn.triton_kernels.launch import (
     TokenGrid,
     band_offset,
+    run_of,
     stride_of,
     token_offsets,
 )
@@ -70,50 +79,84 @@ def chunk_channels(CHUNKS: tl.constexpr, i: tl.constexpr):
 
 
 @triton.jit
-def in_words(tokens, width, WIDE: tl.constexpr, WORD: tl.constexpr, GROUPS: tl.constexpr):
-    # Changes nothing: says that rows hold whole groups, and that wide runs hold whole words.
-    width = width // GROUPS * GROUPS
-    if WIDE:
-        tokens = tokens // WORD * WORD
-        width = width // WORD * WORD
-    return tokens, width
+def zero_chunks(CHUNKS: tl.constexpr, ROWS: tl.constexpr):
+    chunks = ()
+    for i in tl.static_range(len(CHUNKS)):
+        chunks = chunks + (tl.zeros((ROWS, chunk_width(CHUNKS, i)), tl.float32),)
+    return chunks
 
 
 @triton.jit
-def tile_rows(i_tile, band_tiles, bands, tokens, BANDS: tl.constexpr, BLOCK_N: tl.constexpr):
-    # The band and the token of every row, and whether there is such a token.
+def tile_rows(i_tile, grid, BANDS: tl.constexpr, BLOCK_N: tl.constexpr):
+    bands, tokens, _, _, _, band_tiles = grid
     i = tl.arange(0, BLOCK_N)
     if BANDS == 1:
         band = i_tile // band_tiles
         n = i_tile % band_tiles * BLOCK_N + i
-        return band, n, n < tokens
+        return grid, i_tile, band, n, n < tokens
     else:
         band = i_tile * BANDS + i // (BLOCK_N // BANDS)
         n = i % (BLOCK_N // BANDS)
-        return band, n, (n < tokens) & (band < bands)
+        return grid, i_tile, band, n, (n < tokens) & (band < bands)
 
 
 @triton.jit
-def row_slots(BANDS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr):
-    # The slot of every row's slice.
-    i = tl.arange(0, BLOCK_N)
-    return i // (BLOCK_N // BANDS) * GROUPS + i % GROUPS
+def row_slices(tile, BANDS: tl.constexpr, GROUPS: tl.constexpr):
+    # The first slice of the tile, and the slot of every row's slice, [BLOCK_N].
+    grid, i_tile, _, n, _ = tile
+    _, _, _, _, _, band_tiles = grid
+    first_slice = i_tile // band_tiles * (BANDS * GROUPS)
+    i = tl.arange(0, n.shape[0])
+    return first_slice, i // (n.shape[0] // BANDS) * GROUPS + i % GROUPS
 
 
 @triton.jit
-def row_offsets(
-    band,
-    n,  # [BLOCK_N]
-    strides,
-    width,
-    patch_h,
-    patch_w,
-    UNIFORM: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    WORD: tl.constexpr,
-):
-    # Dividing and multiplying by RUN changes nothing: it shows the compiler a multiple.
-    RUN: tl.constexpr = WORD if LAYOUT == "channels_wide" or LAYOUT == "tokens_wide" else 1
+def program_columns(D: tl.constexpr, BLOCK_E: tl.constexpr):
+    # Columns change fastest: programs that read the same tokens run side by side. The columns of
+    # this one, [BLOCK_E], and its number among those of these columns.
+    columns = tl.cdiv(D, BLOCK_E)
+    pid = tl.program_id(0)
+    return pid // columns, pid % columns * BLOCK_E + tl.arange(0, BLOCK_E)
+
+
+@triton.jit
+def value_offsets(strides, tile, UNIFORM: tl.constexpr):
+    # [BLOCK_N], where there is one value a token.
+    grid, _, band, n, _ = tile
+    _, _, width, patch_h, patch_w, _ = grid
+    offset = band_offset(band, strides, patch_h, patch_w)
+    return offset + token_offsets(n, strides, width, UNIFORM)
+
+
+@triton.jit
+def load_values(ptr, strides, tile, UNIFORM: tl.constexpr, other=0.0):
+    _, _, _, _, inside = tile
+    return tl.load(ptr + value_offsets(strides, tile, UNIFORM), mask=inside, other=other)
+
+
+@triton.jit
+def store_values(ptr, strides, tile, values, UNIFORM: tl.constexpr):
+    _, _, _, _, inside = tile
+    tl.store(ptr + value_offsets(strides, tile, UNIFORM), values, mask=inside)
+
+
+@triton.jit
+def load_kept(mask_ptr, mask_strides, tile, UNIFORM: tl.constexpr):
+    # [BLOCK_N], the tokens that the mask leaves in.
+    _, _, _, _, inside = tile
+    if mask_ptr is None:
+        return inside
+    else:
+        return inside & (load_values(mask_ptr, mask_strides, tile, UNIFORM, 1) == 0)
+
+
+@triton.jit
+def row_offsets(ptr, strides, tile, UNIFORM: tl.constexpr, LAYOUT: tl.constexpr):
+    # [BLOCK_N], of each token's channel 0. Dividing and multiplying by RUN changes nothing: it
+    # shows the compiler a multiple.
+    RUN: tl.constexpr = run_of(ptr.dtype, LAYOUT)
+    grid, _, band, n, _ = tile
+    _, _, width, patch_h, patch_w, _ = grid
     start = band_offset(band, strides, patch_h, patch_w) // RUN * RUN
     if LAYOUT == "tokens" or LAYOUT == "tokens_wide":
         if UNIFORM:
@@ -128,72 +171,71 @@ def row_offsets(
 
 
 @triton.jit
-def channel_offsets(d, strides, LAYOUT: tl.constexpr, WORD: tl.constexpr):
+def channel_offsets(ptr, strides, d, LAYOUT: tl.constexpr):
     if LAYOUT == "channels" or LAYOUT == "channels_wide":
         return d.to(tl.int64)
-    elif LAYOUT == "tokens_wide":
-        return d.to(tl.int64) * stride_of(strides, 5, WORD)
     else:
-        return d.to(tl.int64) * stride_of(strides, 5, 1)
+        return d.to(tl.int64) * stride_of(strides, 5, run_of(ptr.dtype, LAYOUT))
+
+
+@triton.jit
+def column_mask(tile, d, D: tl.constexpr, EVEN: tl.constexpr):
+    _, _, _, _, inside = tile
+    mask = inside[:, None]
+    if not EVEN:
+        mask = mask & (d < D)[None, :]
+    return mask
 
 
 @triton.jit
 def load_columns(
     ptr,
-    rows,  # [BLOCK_N], offsets
-    inside,  # [BLOCK_N]
-    d,  # [WIDTH]
     strides,
+    tile,
+    rows,  # [BLOCK_N], of row_offsets
+    d,  # [WIDTH]
     D: tl.constexpr,
     EVEN: tl.constexpr,  # every d is below D
     LAYOUT: tl.constexpr,
-    WORD: tl.constexpr,
 ):
-    offsets = rows[:, None] + channel_offsets(d, strides, LAYOUT, WORD)[None, :]
-    mask = inside[:, None]
-    if not EVEN:
-        mask = mask & (d < D)[None, :]
-    return tl.load(ptr + offsets, mask=mask, other=0.0)  # [BLOCK_N, WIDTH]
+    offsets = rows[:, None] + channel_offsets(ptr, strides, d, LAYOUT)[None, :]
+    return tl.load(ptr + offsets, mask=column_mask(tile, d, D, EVEN), other=0.0)
 
 
 @triton.jit
 def store_columns(
     ptr,
-    values,  # [BLOCK_N, WIDTH]
-    rows,  # [BLOCK_N], offsets
-    inside,  # [BLOCK_N]
-    d,  # [WIDTH]
     strides,
+    tile,
+    rows,  # [BLOCK_N], of row_offsets
+    values,  # [BLOCK_N, WIDTH]
+    d,  # [WIDTH]
     D: tl.constexpr,
     EVEN: tl.constexpr,
     LAYOUT: tl.constexpr,
-    WORD: tl.constexpr,
 ):
-    offsets = rows[:, None] + channel_offsets(d, strides, LAYOUT, WORD)[None, :]
-    mask = inside[:, None]
-    if not EVEN:
-        mask = mask & (d < D)[None, :]
-    tl.store(ptr + offsets, values.to(ptr.dtype.element_ty), mask=mask)
+    offsets = rows[:, None] + channel_offsets(ptr, strides, d, LAYOUT)[None, :]
+    tl.store(ptr + offsets, values.to(ptr.dtype.element_ty), mask=column_mask(tile, d, D, EVEN))
 
 
 @triton.jit
 def load_tokens(
     ptr,
-    rows,  # [BLOCK_N], offsets
-    inside,  # [BLOCK_N]
     strides,
+    tile,
     D: tl.constexpr,
     CHUNKS: tl.constexpr,
+    UNIFORM: tl.constexpr,
     LAYOUT: tl.constexpr,
-    WORD: tl.constexpr,
     first=0,
 ):
     # Whole tokens: a tuple of [BLOCK_N, width of the chunk].
+    rows = row_offsets(ptr, strides, tile, UNIFORM, LAYOUT)
     chunks = ()
     for i in tl.static_range(len(CHUNKS)):
         d = first + chunk_channels(CHUNKS, i)
         chunks = chunks + (
-            load_columns(ptr, rows, inside, d, strides, D, chunk_even(CHUNKS, i, D), LAYOUT, WORD),
+            load_columns(ptr, strides, tile, rows, d, D, chunk_even(CHUNKS, i, D), LAYOUT),
         )
     return chunks
 
@@ -276,8 +318,8 @@ def load_slice_columns(
     ptr,  # [S, row_size]
     row_size,
     first_slice,
-    slices,
     slots,  # [BLOCK_N]
+    slices,
     d,  # [WIDTH]
     D: tl.constexpr,
     SLICES: tl.constexpr,
@@ -298,13 +340,6 @@ def load_slice_columns(
                 row = load_slice_row(ptr, row_size, first_slice + slot, slices, d, D)
                 values = tl.where((slots == slot)[:, None], row[None, :], values)
         return values
-
-
-@triton.jit
-def activate(v, ACT: tl.constexpr):
-    if ACT == "relu":
-        v = tl.where(v <= 0.0, 0.0, v)  # NaN stays NaN
-    return v
 
 
 @triton.jit
