@@ -142,12 +142,7 @@ def timed_call(contender: Contender, module: nn.Module, x: Tensor, *, mode: str)
     if mode == "forward":
         return measure.rotated(module, inputs)
     pairs = [(one.detach().requires_grad_(), torch.randn_like(one)) for one in inputs]
-    return measure.rotated(partial(training_step, module), pairs)
-
-
-def training_step(module: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    x, gradient = inputs
-    return torch.autograd.grad(module(x), [x, *module.parameters()], gradient)
+    return measure.rotated(registry.training_step(module), pairs)
 
 
 def _shape_columns(shape: LayerShape) -> Row:
@@ -371,7 +366,8 @@ def memory_rows(
             x = contender.layout.from_tokens(x).detach().requires_grad_()
             try:
                 module = build(settings, contender, shape.dim).train()
-                found[key] = peak(partial(training_step, module, (x, torch.randn_like(x))))
+                step = registry.training_step(module)
+                found[key] = peak(partial(step, (x, torch.randn_like(x))))
                 del module
             except Exception as error:  # one contender's failure must not cost the other's figure
                 states[key] = _failure(error)

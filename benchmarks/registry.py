@@ -472,15 +472,22 @@ def layer_results(contender: Contender, module: nn.Module, x: Tensor, *, mode: s
     return [tokens[:, queries].detach(), contender.layout.to_tokens(grad_x), *flat]
 
 
-def training_step(module: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Forward and backward: the gradients of the input and of all weights.
+def training_step(
+    module: nn.Module,
+) -> Callable[[tuple[Tensor, Tensor]], tuple[Tensor, ...]]:
+    """Forward and backward: from a layer's input and the gradient of its output to the gradients
+    of the input and of all weights.
 
     Args:
-        module: a layer in training mode.
-        inputs: what it takes, and the gradient of what it gives.
+        module: a layer in training mode. Its weights are looked up once, as an optimizer does.
     """
-    x, gradient = inputs
-    return torch.autograd.grad(module(x), [x, *module.parameters()], gradient)
+    parameters = list(module.parameters())
+
+    def step(inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        x, gradient = inputs
+        return torch.autograd.grad(module(x), [x, *parameters], gradient)
+
+    return step
 
 
 def verify(

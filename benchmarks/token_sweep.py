@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +205,7 @@ class Sweep:
         if mode == "forward":
             return measure.rotated(module, inputs)
         pairs = [(tokens.requires_grad_(), torch.randn_like(tokens)) for tokens in inputs]
-        return measure.rotated(partial(registry.training_step, module), pairs)
+        return measure.rotated(registry.training_step(module), pairs)
 
     def _floor(self, tokens: int, mode: str, timings: dict[str, measure.Timing]) -> float:
         if self.rates is None:

@@ -37,7 +37,7 @@ x = torch.zeros(2, 32, 4, 16, dtype=torch.bfloat16)
 with host_time.launching_nothing():
     with torch.no_grad():
         module(x)
-    registry.training_step(module, (x.clone().requires_grad_(), x))
+    registry.training_step(module)((x.clone().requires_grad_(), x))
 print(count, ahead, compiled())
 """
 

@@ -48,7 +48,8 @@ def operator_call(call: measure.Call) -> measure.Call | None:
 
 @torch.no_grad()
 def _run_all(calls: Sequence[measure.Call]) -> list[Any]:
-    return [call() for call in calls]
+    with torch._C._AutoDispatchBelowAutograd():  # as the layer calls them
+        return [call() for call in calls]
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ class Workload:
         if self.mode == "forward":
             return partial(module, x)
         pair = (x.clone().requires_grad_(), torch.randn_like(x))
-        return partial(registry.training_step, module, pair)
+        return partial(registry.training_step(module), pair)
 
     def checked_call(self, name: str) -> measure.Call:
         """Builds a layer, holds it to the oracle, and gives the call to time.
