@@ -323,8 +323,10 @@ class AttentionForwardPass {
     const int64_t panels = panels_in<T>(on_lanes.count());
     const int64_t panel_size = depth_ * kWidth;
     const int64_t blocks = (channels_ + kBlockRows - 1) / kBlockRows;
-    // A tail reads the weights again: block by block, while they are in cache.
-    const int64_t parts = workers_ == 1 && tail.count() == 0 ? 1 : blocks;
+    // As many for every worker. A tail reads the weights again: block by block, while they are in
+    // cache.
+    const int64_t parts =
+        workers_ == 1 && tail.count() == 0 ? 1 : smaller(depth_, round_up(blocks, workers_));
     const int64_t part_rows = parts == 1 ? channels_ : kBlockRows;
     const int64_t x_vectors = panels * kPanelVectors;
     const Buffer<P> lanes(2 * panels * panel_size);
