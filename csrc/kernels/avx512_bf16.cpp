@@ -5,15 +5,7 @@
 
 namespace sep_attn {
 
-namespace avx512 {
-void context_pool_forward(const ContextPoolForward&, const ParallelFor&);
-void context_pool_backward(const ContextPoolBackward&, const ParallelFor&);
-void gate_forward(const GateForward&, const ParallelFor&);
-void gate_backward(const GateBackward&, const ParallelFor&);
-void separable_attention_forward(const AttentionForward&, const ParallelFor&);
-void separable_attention_backward(const AttentionBackward&, const ParallelFor&);
-int64_t packed_weights_bytes(DType dtype, int64_t channels);
-}  // namespace avx512
+SEP_ATTN_DECLARE_KERNELS(avx512)
 
 namespace SEP_ATTN_CAPABILITY {
 namespace {

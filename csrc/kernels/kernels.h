@@ -152,6 +152,18 @@ struct AttentionBackward {
   void* grad_out_bias;
 };
 
+// The kernels of one instruction set, which its table holds.
+#define SEP_ATTN_DECLARE_KERNELS(capability)                                       \
+  namespace capability {                                                           \
+  void context_pool_forward(const ContextPoolForward&, const ParallelFor&);        \
+  void context_pool_backward(const ContextPoolBackward&, const ParallelFor&);      \
+  void gate_forward(const GateForward&, const ParallelFor&);                       \
+  void gate_backward(const GateBackward&, const ParallelFor&);                     \
+  void separable_attention_forward(const AttentionForward&, const ParallelFor&);   \
+  void separable_attention_backward(const AttentionBackward&, const ParallelFor&); \
+  int64_t packed_weights_bytes(DType dtype, int64_t channels);                     \
+  }
+
 struct KernelTable {
   const char* capability;
   void (*context_pool_forward)(const ContextPoolForward&, const ParallelFor&);
