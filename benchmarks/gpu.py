@@ -132,6 +132,7 @@ def run_step(step: Step, log: Path, *, limit: float) -> Outcome:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_take_interrupts,
         )
         try:
             code = process.wait(timeout=limit)
@@ -144,6 +145,11 @@ def run_step(step: Step, log: Path, *, limit: float) -> Outcome:
         finally:
             _end_group(process)
     return Outcome(step.name, status, round(time.monotonic() - start, 1))
+
+
+def _take_interrupts() -> None:
+    """In the step's process: what a shell starts in the background ignores interrupts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
