@@ -12,7 +12,7 @@
 namespace sep_attn {
 namespace SEP_ATTN_CAPABILITY {
 
-constexpr int64_t kTileBlocks = kBlockRows == 14 ? 8 : 8;
+constexpr int64_t kTileBlocks = 8;
 constexpr int64_t kTileRows = kTileBlocks * kBlockRows;
 
 // Workers worth starting for `tokens` of so many operations each: one for every million.
