@@ -37,6 +37,7 @@ from sep_attn.triton_kernels.configs import (
     architecture,
     chunk_widths,
     config_of,
+    value_widths,
 )
 from sep_attn.triton_kernels.launch import (
     Launch,
@@ -136,7 +137,10 @@ def _of_call(operands: Operands, grid: TokenGrid) -> dict[str, Any]:
 
 
 def _options(config: Config) -> dict[str, int]:
-    return {"num_warps": config.warps, "num_stages": config.stages}
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    if config.registers is not None:
+        options["maxnreg"] = config.registers
+    return options
 
 
 def _padded(channels: int) -> int:
@@ -265,11 +269,8 @@ def _plan_forward(
             **operands.of_tensors("x", "out"),
             **tiles,
             **_options(config),
+            **_value_gate_output(call, config, channels),
             "slices": operands.slices,
-            "CHUNKS": chunk_widths(channels),
-            "ACT": call.act,
-            "PRECISION": call.precision,
-            "BLOCK_E": min(config.columns, _padded(channels)),
         }
         launches.append(Launch(fused.value_gate_output_fwd_kernel, tiles["tiles"], arguments))
     else:
@@ -283,6 +284,17 @@ def _plan_forward(
     return ForwardPlan(path, tuple(launches), partials)
 
 
+def _value_gate_output(call: Call, config: Config, channels: int) -> dict[str, Any]:
+    """What the kernels are told that hold whole tokens."""
+    return {
+        "VALUE_CHUNKS": value_widths(channels),
+        "ACT": call.act,
+        "PRECISION": call.precision,
+        "BLOCK_E": min(config.columns, _padded(channels)),
+        "BLOCK_K": _depth(call, channels),
+    }
+
+
 def _slice_launch(call: Call, operands: Operands, config: Config) -> Launch:
     grid, source, channels = operands.grid, operands.source, operands.channels
     longest = grid._replace(tokens=torch.sym_max(grid.tokens, source.tokens))
@@ -291,11 +303,11 @@ def _slice_launch(call: Call, operands: Operands, config: Config) -> Launch:
     chunks = chunk_widths(channels)
     fitting = 1 << (POOL_VALUES // sum(chunks)).bit_length() - 1
     pool_rows = max(16, min(config.tokens, fitting))
-    columns = min(config.columns, _padded(channels))
     arguments = {
         **_of_call(operands, grid),
         **operands.of_tensors("x", "source", "mask", "weights", "out"),
         **_options(config),
+        **_value_gate_output(call, config, channels),
         "dropout_p": call.dropout_p,
         "bands": grid.bands,
         "source_tokens": source.tokens,
@@ -305,12 +317,9 @@ def _slice_launch(call: Call, operands: Operands, config: Config) -> Launch:
         "slices": operands.slices,
         "CHUNKS": chunks,
         "BANDS": cut.bands,
-        "ACT": call.act,
-        "PRECISION": call.precision,
         "BLOCK_N": config.tokens,
-        "BLOCK_E": columns,
         "BLOCK_P": pool_rows,
-        "BLOCK_C": min(columns, fitting),
+        "BLOCK_C": min(config.columns, fitting),
         "POOL_STAGES": POOL_STAGES,
     }
     return Launch(fused.slice_fwd_kernel, triton.cdiv(grid.bands, cut.bands), arguments)

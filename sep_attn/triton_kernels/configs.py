@@ -2,9 +2,10 @@
 
 A kernel's configuration depends on the architecture, on the size of a value and on D, never on the
 number of tokens. ``TABLES[architecture][kernel]`` holds rows ``D up to: (tokens, columns, warps,
-stages)`` for values of 2 bytes and, under ``<kernel>.float32``, for values of 4. A ``None`` row
-holds for every larger D; an architecture without a table, or a kernel without rows in it, takes the
-rows of ``OTHER``. :func:`every_config` lists all that can be picked, for reports and tuning.
+stages[, programs])`` for values of 2 bytes and, under ``<kernel>.float32``, for values of 4. A
+``None`` row holds for every larger D; an architecture without a table, or a kernel without rows in
+it, takes the rows of ``OTHER``. :func:`every_config` lists all that can be picked, for reports and
+tuning.
 """
 
 from __future__ import annotations
@@ -24,13 +25,28 @@ MOST_FUSED_CHANNELS = {2: 512, 4: 64}
 MOST_FUSED_BACKWARD_CHANNELS = {2: 256, 4: 0}
 
 
+# Columns of the widest product that is one instruction of a tensor core.
+WIDEST_PRODUCT = 256
+# 32-bit registers of a multiprocessor, and threads of a warp, on NVIDIA's GPUs.
+REGISTERS, WARP = 65_536, 32
+
+
 class Config(NamedTuple):
-    """Rows and columns of a program's tile, and how the compiler is to spread and pipeline it."""
+    """Rows and columns of a program's tile, and how the compiler is to spread and pipeline it.
+
+    ``programs`` are to fit on a multiprocessor of an NVIDIA GPU side by side, so that one reads and
+    writes while another multiplies; 0 leaves the number to the compiler."""
 
     tokens: int
     columns: int
     warps: int
     stages: int
+    programs: int = 0
+
+    @property
+    def registers(self) -> int | None:
+        """The most registers a thread may have; None where there is no limit of ours."""
+        return REGISTERS // (WARP * self.warps * self.programs) if self.programs else None
 
 
 class Choice(NamedTuple):
@@ -45,7 +61,7 @@ class Choice(NamedTuple):
     config: Config
 
 
-Rows = Mapping[int | None, tuple[int, int, int, int]]
+Rows = Mapping[int | None, tuple[int, ...]]
 
 # Small tiles that any GPU with 64 KiB of shared memory a program can hold.
 _POOL: Rows = {
@@ -59,10 +75,10 @@ _POOL: Rows = {
 _FUSED: Rows = {
     64: (64, 32, 4, 1),
     128: (64, 32, 4, 1),
-    256: (32, 16, 4, 1),
-    512: (16, 16, 4, 1),
+    256: (64, 32, 8, 1),
+    512: (32, 32, 4, 1),
 }
-_FUSED_FLOAT32: Rows = {64: (32, 32, 4, 1)}
+_FUSED_FLOAT32: Rows = {64: (32, 16, 4, 1)}
 OTHER: Mapping[str, Rows] = {
     "slice_fwd_kernel": _FUSED,
     "slice_fwd_kernel.float32": _FUSED_FLOAT32,
@@ -81,10 +97,10 @@ OTHER: Mapping[str, Rows] = {
 
 _FUSED_SM_90: Rows = {
     64: (128, 64, 8, 3),
-    128: (128, 64, 8, 3),
-    256: (128, 64, 8, 2),
-    384: (64, 32, 8, 2),
-    512: (64, 16, 8, 2),
+    128: (128, 64, 8, 3, 2),
+    256: (128, 64, 8, 3),
+    384: (128, 32, 8, 3),
+    512: (128, 32, 8, 2),
 }
 SM_90: Mapping[str, Rows] = {
     "slice_fwd_kernel": _FUSED_SM_90,
@@ -183,3 +199,14 @@ def chunk_widths(channels: int) -> tuple[int, ...]:
         widths.append(width)
         left -= width
     return tuple(widths)
+
+
+@functools.cache
+def value_widths(channels: int) -> tuple[int, ...]:
+    """The pieces in which a tile's values are made, at most as wide as one instruction of sm_90's
+    tensor cores."""
+    return tuple(
+        part
+        for width in chunk_widths(channels)
+        for part in [min(width, WIDEST_PRODUCT)] * max(1, width // WIDEST_PRODUCT)
+    )

@@ -1,10 +1,11 @@
 # mypy: disallow-untyped-defs=False, disable-error-code=assignment
 """The whole layer where a program can hold whole tokens (``MOST_FUSED_CHANNELS``).
 
-A tile of x is multiplied by W_V, a few columns at a time; these are gated in registers and
-multiplied by W_O into sums that never leave them: the gated values do not pass through memory.
-Short slices run the scores, the softmax and the context in the same launch: x is read from memory
-once (the second time from a cache) and out is written once.
+A tile of x is multiplied by W_V and gated. The gated values, in the dtype of x, stay in registers
+until all are there, half the registers that the sums of the output would take, and are multiplied
+by W_O, a few columns at a time: they do not pass through memory. Short slices run the scores, the
+softmax and the context in the same launch: x is read from memory once (then from a cache) and out
+is written once.
 
 In backward a program keeps a few columns of W_V and W_O and the sums of both gradients for them,
 and goes over tiles of x and of the output's gradient, from which it makes values and gate again.
@@ -24,6 +25,7 @@ from sep_attn.triton_kernels.tiles import (
     chunk_even,
     chunk_width,
     load_bias,
+    load_columns,
     load_kept,
     load_slice_columns,
     load_tokens,
@@ -36,7 +38,6 @@ from sep_attn.triton_kernels.tiles import (
     store_columns,
     store_values,
     tile_rows,
-    zero_chunks,
 )
 
 
@@ -56,7 +57,7 @@ def value_gate_output_tile(
     grid,
     slices,
     D: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    VALUE_CHUNKS: tl.constexpr,
     X_LAYOUT: tl.constexpr,
     OUT_LAYOUT: tl.constexpr,
     UNIFORM: tl.constexpr,
@@ -66,49 +67,58 @@ def value_gate_output_tile(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     # act(x W_V^T + b_V) * c, times W_O^T, plus b_O, for a tile of whole tokens.
+    EVEN_K: tl.constexpr = D % BLOCK_K == 0
     EVEN_E: tl.constexpr = D % BLOCK_E == 0
-    no_channels = zero * word_of(x_ptr.dtype)
+    # ``zero`` and the second program index are always 0, which the compiler does not know. It then
+    # works out anew what zero was added to, where it would keep more than there are registers; does
+    # not unroll the loops, which takes registers too; and makes the gated values where they are
+    # read for a branch, not, from all that they are made of, where the output needs them.
+    no_channels = 0
+    end = D + zero
+    if len(VALUE_CHUNKS) > 1:
+        no_channels = zero * word_of(x_ptr.dtype)
+        end = D + tl.program_id(1)
     tile = tile_rows(i_tile, grid, BANDS, BLOCK_N)
-    x = load_tokens(x_ptr, x_strides, tile, D, CHUNKS, UNIFORM, X_LAYOUT, no_channels)
+    rows = row_offsets(x_ptr, x_strides, tile, UNIFORM, X_LAYOUT)
     first_slice, slots = row_slices(tile, BANDS, GROUPS)
-    context_ptr = statistics_ptr + D
-    value_weight_ptr = qkv_weight_ptr + (1 + D) * D
     value_bias_ptr = qkv_bias_ptr
     if qkv_bias_ptr is not None:
         value_bias_ptr = qkv_bias_ptr + 1 + D
-    out = zero_chunks(CHUNKS, BLOCK_N)
-    for first_e in tl.range(0, D, BLOCK_E):
-        e = first_e + tl.arange(0, BLOCK_E)  # [BLOCK_E]
-        v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-        for i in tl.static_range(len(CHUNKS)):
-            d = chunk_channels(CHUNKS, i)
+    gated = ()
+    for i in tl.static_range(len(VALUE_CHUNKS)):
+        d = chunk_channels(VALUE_CHUNKS, i) + no_channels
+        v = tl.zeros((BLOCK_N, chunk_width(VALUE_CHUNKS, i)), tl.float32)
+        for first in tl.range(0, end, BLOCK_K):
+            k = first + no_channels + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+            x = load_columns(x_ptr, x_strides, tile, rows, k, D, EVEN_K, X_LAYOUT)
             value_weight = load_weight(
-                value_weight_ptr, e, d, D, EVEN_E, chunk_even(CHUNKS, i, D)
-            )  # [BLOCK_E, width]
-            v = tl.dot(x[i], value_weight.T, v, input_precision=PRECISION)
-        v += load_bias(value_bias_ptr, e, D)[None, :]
+                qkv_weight_ptr + (1 + D) * D, d, k, D, chunk_even(VALUE_CHUNKS, i, D), EVEN_K
+            )  # [width, BLOCK_K]
+            v = tl.dot(x, value_weight.T, v, input_precision=PRECISION)
+        v += load_bias(value_bias_ptr, d, D)[None, :]
         context = load_slice_columns(
-            context_ptr, 2 * D + 1, first_slice, slots, slices, e, D, BANDS * GROUPS, True
+            statistics_ptr + D, 2 * D + 1, first_slice, slots, slices, d, D, BANDS * GROUPS, False
         )
-        gated = (activate(v, ACT) * context).to(x[0].dtype)  # [BLOCK_N, BLOCK_E]
-        new_out = ()
-        for i in tl.static_range(len(CHUNKS)):
-            d = chunk_channels(CHUNKS, i)
-            out_weight = load_weight(
-                out_weight_ptr, d, e, D, chunk_even(CHUNKS, i, D), EVEN_E
-            )  # [width, BLOCK_E]
-            new_out = new_out + (tl.dot(gated, out_weight.T, out[i], input_precision=PRECISION),)
-        out = new_out
+        own = (activate(v, ACT) * context).to(x_ptr.dtype.element_ty)
+        if zero != 0:
+            tl.store(statistics_ptr, tl.sum(own.to(tl.float32)))
+        gated = gated + (own,)
     tile = tile_rows(i_tile + zero, grid, BANDS, BLOCK_N)
     rows = row_offsets(out_ptr, out_strides, tile, UNIFORM, OUT_LAYOUT)
-    for i in tl.static_range(len(CHUNKS)):
-        d = chunk_channels(CHUNKS, i) + no_channels
-        result = out[i] + load_bias(out_bias_ptr, d, D)[None, :]
-        store_columns(
-            out_ptr, out_strides, tile, rows, result, d, D, chunk_even(CHUNKS, i, D), OUT_LAYOUT
-        )
+    for first_e in tl.range(0, end, BLOCK_E):
+        e = first_e + no_channels + tl.arange(0, BLOCK_E)  # [BLOCK_E]
+        out = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+        for i in tl.static_range(len(VALUE_CHUNKS)):
+            d = chunk_channels(VALUE_CHUNKS, i) + no_channels
+            out_weight = load_weight(
+                out_weight_ptr, e, d, D, EVEN_E, chunk_even(VALUE_CHUNKS, i, D)
+            )  # [BLOCK_E, width]
+            out = tl.dot(gated[i], out_weight.T, out, input_precision=PRECISION)
+        out += load_bias(out_bias_ptr, e, D)[None, :]
+        store_columns(out_ptr, out_strides, tile, rows, out, e, D, EVEN_E, OUT_LAYOUT)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -131,7 +141,7 @@ def value_gate_output_fwd_kernel(
     band_tiles,
     slices,
     D: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    VALUE_CHUNKS: tl.constexpr,
     X_LAYOUT: tl.constexpr,
     OUT_LAYOUT: tl.constexpr,
     UNIFORM: tl.constexpr,
@@ -141,12 +151,13 @@ def value_gate_output_fwd_kernel(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     tokens, width, _ = in_words(tokens, width, D, x_ptr, GROUPS, X_LAYOUT, OUT_LAYOUT)
     # Last tiles first: they were read last, and may still lie in the cache.
     value_gate_output_tile(
         tiles - 1 - tl.program_id(0),
-        0,
+        tl.program_id(1),
         x_ptr,
         x_strides,
         qkv_weight_ptr,
@@ -159,7 +170,7 @@ def value_gate_output_fwd_kernel(
         (bands, tokens, width, patch_h, patch_w, band_tiles),
         slices,
         D,
-        CHUNKS,
+        VALUE_CHUNKS,
         X_LAYOUT,
         OUT_LAYOUT,
         UNIFORM,
@@ -169,6 +180,7 @@ def value_gate_output_fwd_kernel(
         PRECISION,
         BLOCK_N,
         BLOCK_E,
+        BLOCK_K,
     )
 
 
@@ -203,6 +215,7 @@ def slice_fwd_kernel(
     slices,
     D: tl.constexpr,
     CHUNKS: tl.constexpr,
+    VALUE_CHUNKS: tl.constexpr,
     X_LAYOUT: tl.constexpr,
     SOURCE_LAYOUT: tl.constexpr,
     OUT_LAYOUT: tl.constexpr,
@@ -213,6 +226,7 @@ def slice_fwd_kernel(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     POOL_STAGES: tl.constexpr,
@@ -306,9 +320,7 @@ def slice_fwd_kernel(
             tl.store(slot_ptr + D + e, context, mask=(e < D) & inside_slice)
     tl.debug_barrier()
 
-    # The tile read last is still near. ``zero`` is always 0, which the compiler does not know:
-    # addresses of weights and of out are worked out anew where they are needed, for kept until then
-    # they do not fit into registers.
+    # The tile read last is still near.
     out_tiles = 1 if BANDS > 1 else band_tiles
     for i_tile in range(0, out_tiles):
         zero = i_tile // out_tiles
@@ -327,7 +339,7 @@ def slice_fwd_kernel(
             (bands, tokens, width, patch_h, patch_w, band_tiles),
             slices,
             D,
-            CHUNKS,
+            VALUE_CHUNKS,
             X_LAYOUT,
             OUT_LAYOUT,
             UNIFORM,
@@ -337,6 +349,7 @@ def slice_fwd_kernel(
             PRECISION,
             BLOCK_N,
             BLOCK_E,
+            BLOCK_K,
         )
 
 
