@@ -2,7 +2,7 @@
 
 ``make tune``, or ``python -m benchmarks.tune --json FILE [--kernels ..] [--channels ..]``, on the
 GPU whose table in ``sep_attn/triton_kernels/configs.py`` is to be written; ``--dry-run`` prints the
-rows and writes no table. All kernels at all D are some 9,000 compilations, hours; the table is
+rows and writes no table. All kernels at all D are some 12,000 compilations, hours; the table is
 written after each kernel, and ``--kernels`` and ``--channels`` take a part. A kernel's last row
 reaches as far as the layer calls it, whatever D were measured.
 
@@ -54,6 +54,10 @@ WORKLOADS = {
 }
 POOL_KERNELS = ("score_pool_fwd_kernel", "source_bwd_kernel")  # their tiles hold every column
 POOL_VALUES = (1024, 16_384)  # of a tile, at least and at most
+# Their programs are tried two to a multiprocessor too, where Triton can limit the registers.
+WHOLE_TOKEN_KERNELS = ("slice_fwd_kernel", "value_gate_output_fwd_kernel")
+SIDE_BY_SIDE = torch.version.hip is None
+LEAST_VALUES = {8: 2048, 16: 16_384}  # of a tile, by warps
 
 Timings = Mapping[Config, float]
 Winners = dict[int | None, Config]
@@ -87,14 +91,18 @@ def candidates(kernel: str, channels: int) -> list[Config]:
             )
             if least <= tokens * channels <= most
         ]
-    sides = (16, 32, 64, 128)
-    found = itertools.product(sides, (16, 32, 64, 128), (4, 8), (1, 2, 3, 4))
-    return [
+    tokens, columns = (16, 32, 64, 128), (16, 32, 64, 128, 256)
+    found = [
         Config(*values)
-        for values in found
-        # Wider than the layer is the same as as wide; small tiles leave eight warps no work.
-        if values[1] < 2 * max(16, channels) and (values[2] == 4 or values[0] * values[1] >= 2048)
+        for values in itertools.product(tokens, columns, (4, 8, 16), (1, 2, 3, 4))
+        # Wider than the layer is the same as as wide; small tiles leave many warps no work.
+        if values[1] < 2 * max(16, channels)
+        and (values[2] == 4 or values[0] * values[1] >= LEAST_VALUES[values[2]])
     ]
+    if kernel in WHOLE_TOKEN_KERNELS and SIDE_BY_SIDE:
+        pairs = [config._replace(programs=2) for config in found if config.warps == 8]
+        found += pairs
+    return found
 
 
 def as_good_as_the_best(timings: Timings, *, slack: float = SLACK) -> dict[Config, float]:
@@ -152,7 +160,9 @@ def choose_rows(
 
 def rows_text(rows: Winners) -> str:
     """The rows as they stand in the table."""
-    lines = [f"{channels}: {tuple(config)}" for channels, config in rows.items()]
+    lines = []
+    for channels, config in rows.items():
+        lines.append(f"{channels}: {tuple(config) if config.programs else tuple(config)[:-1]}")
     if len(lines) == 1:
         return "{" + lines[0] + "}"
     return "{\n" + "".join(f"        {line},\n" for line in lines) + "    }"
