@@ -8,6 +8,7 @@ of one large copy. Above both stands what the processor's multiply-add units do 
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -34,6 +35,8 @@ class GpuRates:
 
     flops: float  # operations a second of a large product
     bandwidth: float  # bytes a second, read plus written, of a large copy
+    cache: float = math.inf  # bytes a second between the L2 and shared memory; infinite: not known
+    operands: float = math.inf  # bytes a second that tensor cores read from shared memory
 
 
 def gpu_rates(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.5) -> GpuRates:

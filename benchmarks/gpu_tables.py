@@ -31,10 +31,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks import ceilings, environment, measure, registry, report, roofline
+from benchmarks import ceilings, environment, measure, onchip, registry, report, roofline
 from benchmarks.ceilings import GpuRates
 from benchmarks.registry import CONTENDERS, MODES, OURS, Contender, LayerShape
 from sep_attn import backends
+from sep_attn.triton_kernels.configs import architecture
 
 # What one is to see on an H100 in bfloat16: at most this many times the floor, at least this many
 # times as fast, at most this much.
@@ -435,6 +436,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit("benchmarks.gpu_tables needs a GPU, and torch finds none here")
     device, dtype = torch.device("cuda"), getattr(torch, options.dtype)
     rates = ceilings.gpu_rates(device, dtype)
+    if architecture(device) == onchip.TARGET:
+        known = roofline.H100
+        rates = dataclasses.replace(rates, cache=known.cache, operands=known.operands)
     header = {
         **environment.describe(device),
         "backend": backends.resolve("auto", device, dtype),

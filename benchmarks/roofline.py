@@ -2,30 +2,37 @@
 
 ``python -m benchmarks.roofline`` prints it for the GPU workloads of :mod:`benchmarks.registry`, at
 the ceilings of an H100 or at those given. A kernel's time is the larger of its bytes at the rate of
-a copy and its operations at the rate of a product: a bound from below, for every tensor is counted
-once, as if whatever is read again came from a cache, and every operation runs on tensor cores.
+a copy and its operations at the rate of a product: every tensor is counted once, as if whatever is
+read again came from a cache, and every operation runs on tensor cores. Where the rates of the L2
+and of shared memory are known too, the time is also at least what the products move there
+(:mod:`benchmarks.onchip`). All are bounds from below.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks import registry, report
+from benchmarks import onchip, registry, report
 from benchmarks.ceilings import GpuRates
 from benchmarks.registry import LayerShape
 from sep_attn.triton_kernels.configs import MOST_FUSED_BACKWARD_CHANNELS, MOST_FUSED_CHANNELS
 
-# Measured on an H100 (80 GB, SXM): a product in bfloat16, and a copy, read plus written.
-H100 = GpuRates(flops=798e12, bandwidth=3.0e12)
+# Measured on an H100 (80 GB, SXM): a product in bfloat16, and a copy, read plus written. The L2
+# gives at least what a product in tiles of 128 x 256 draws at 672e12 operations a second, which
+# https://github.com/facebookexperimental/triton/pull/1065 reports; 132 multiprocessors read 128
+# bytes of shared memory a cycle, at 1.755 GHz.
+H100 = GpuRates(flops=798e12, bandwidth=3.0e12, cache=7.9e12, operands=29.7e12)
 
 FLOAT32 = 4  # bytes of a statistic
 # Passes over [S, N, D] that the paths of sep_attn.triton_kernels.attention cannot save.
 FORWARD_PASSES = {"short": 2, "long": 3, "wide": 5}
+NOTHING = onchip.Traffic()
 SHORT_TOKENS = 1024  # a slice of up to so many tokens is to be read once
 
 
@@ -36,9 +43,19 @@ class Work:
     kernel: str
     bytes: int
     operations: int
+    on_chip: onchip.Traffic = NOTHING
+
+    def bounds(self, rates: GpuRates) -> dict[str, float]:
+        """The seconds that each of the rates asks for."""
+        return {
+            "bytes": self.bytes / rates.bandwidth,
+            "operations": self.operations / rates.flops,
+            "L2": self.on_chip.cache / rates.cache,
+            "operands": self.on_chip.operands / rates.operands,
+        }
 
     def seconds(self, rates: GpuRates) -> float:
-        return max(self.bytes / rates.bandwidth, self.operations / rates.flops)
+        return max(self.bounds(rates).values())
 
 
 def path_of(shape: LayerShape, itemsize: int) -> str:
@@ -149,8 +166,19 @@ def backward_work(shape: LayerShape, itemsize: int) -> list[Work]:
 def layer_work(shape: LayerShape, itemsize: int, *, mode: str) -> list[Work]:
     """All launches of a call, forward or forward and backward (``"training"``)."""
     if mode == "forward":
-        return forward_work(shape, itemsize)
-    return forward_work(shape, itemsize, keep_weights=True) + backward_work(shape, itemsize)
+        return with_traffic(forward_work(shape, itemsize), shape, itemsize)
+    forward = forward_work(shape, itemsize, keep_weights=True)
+    return with_traffic(forward + backward_work(shape, itemsize), shape, itemsize)
+
+
+def with_traffic(launches: Sequence[Work], shape: LayerShape, itemsize: int) -> list[Work]:
+    """The same, with what the launches' products move on the chip, where that is known."""
+    if itemsize != onchip.ITEMSIZE:
+        return list(launches)
+    return [
+        dataclasses.replace(work, on_chip=onchip.traffic(work.kernel, shape) or work.on_chip)
+        for work in launches
+    ]
 
 
 def layer_seconds(shape: LayerShape, itemsize: int, rates: GpuRates, *, mode: str) -> float:
@@ -171,19 +199,18 @@ def rows(
             "kernel": work.kernel,
             "megabytes": work.bytes / 1e6,
             "gigaoperations": work.operations / 1e9,
+            "L2 megabytes": work.on_chip.cache / 1e6,
+            "operand megabytes": work.on_chip.operands / 1e6,
             "microseconds": work.seconds(rates) * 1e6,
-            "bound": (
-                "bytes"
-                if work.bytes / rates.bandwidth > work.operations / rates.flops
-                else "operations"
-            ),
+            "bound": max(bounds, key=bounds.__getitem__),
         }
         for shape in shapes
         for direction, launches in (
             ("forward", forward_work(shape, itemsize)),
             ("backward", backward_work(shape, itemsize)),
         )
-        for work in launches
+        for work in with_traffic(launches, shape, itemsize)
+        for bounds in [work.bounds(rates)]
     ]
 
 
@@ -197,12 +224,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
     options = parser.parse_args(arguments)
-    rates = GpuRates(options.flops, options.bandwidth)
+    rates = dataclasses.replace(H100, flops=options.flops, bandwidth=options.bandwidth)
     shapes = dict.fromkeys(
         (*registry.SHORT_SLICES, *registry.LONG_SLICES, *registry.MOBILEVITV2_LAYERS)
     )
     found = rows(list(shapes), getattr(torch, options.dtype).itemsize, rates)
-    print(report.table(found, {name: name for name in found[0]}))
+    print(report.table(found, {name: name.replace(" ", chr(10)) for name in found[0]}))
     return 0
 
 

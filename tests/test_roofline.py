@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import registry, roofline
+from benchmarks import onchip, registry, roofline
 from benchmarks.ceilings import GpuRates
 from benchmarks.registry import LayerShape
 from benchmarks.roofline import Work
+from sep_attn.triton_kernels.configs import Config
 
 SMALL = LayerShape(2, 3, 8)  # 6 tokens, 48 values
 WIDE = LayerShape(1, 2, 1024)
@@ -71,6 +72,51 @@ def test_a_kernel_takes_the_slower_of_bytes_and_operations() -> None:
     seconds = roofline.layer_seconds(SMALL, 2, GpuRates(flops=1e30, bandwidth=1.0), mode="training")
     launches = roofline.layer_work(SMALL, 2, mode="training")
     assert seconds == sum(one.bytes for one in launches)
+
+
+def test_narrow_products_read_longer_than_they_multiply() -> None:
+    """At 128 bytes and 64 x 2048 / 64 operations a cycle an instruction of 64 rows and 16 channels
+    breaks even at 64 columns."""
+    for columns in (8, 16, 32, 64, 128, 256):
+        reads = onchip.operands(64, columns, 16, 4) / 128
+        multiplies = 64 * columns * 16 / 2048
+        assert (reads > multiplies) == (columns < 64)
+        assert onchip.operands(64, columns, 16, 4, rows_in_registers=True) == columns * 16 * 2
+    # Two groups of four warps share 128 rows, or the columns of 64 rows, which both then read.
+    assert onchip.operands(128, 64, 16, 8) == 2 * onchip.operands(64, 64, 16, 4)
+    assert onchip.operands(64, 64, 16, 8) == 2 * onchip.operands(64, 32, 16, 4)
+
+
+def test_what_tiles_read_again_by_hand() -> None:
+    # 256 tokens of 512 channels: two tiles read W_V and W_O; x is read for the pool and for each
+    # half of the values; out is written.
+    values, matrix = 256 * 512 * 2, 512 * 512 * 2
+    tile = Config(128, 32, 8, 2)
+    short = onchip.whole_tokens(256, 512, tile, pools=True)
+    assert short.cache == 4 * values + 2 * 2 * matrix
+    assert onchip.whole_tokens(256, 512, tile, pools=False).cache == short.cache - values
+    # Of a tile, 64 rows and 16 channels at a time: rows and 256 columns, twice; then 512 columns.
+    assert short.operands == 2 * 2 * 32 * (2 * (64 + 256) + 512) * 16 * 2
+    # Columns of 256: both halves read all tokens, each of two tiles reads the weight.
+    product = onchip.by_columns(256, 512, Config(128, 256, 8, 3), products=1)
+    assert product.cache == 2 * values + 2 * matrix + values
+    both = onchip.by_columns(256, 512, Config(128, 256, 8, 3), products=2)
+    assert both.cache == 2 * (2 * values + 2 * matrix) + 3 * values
+    assert both.operands == 2 * product.operands
+    assert onchip.weight_grad(256, 512, Config(64, 128, 8, 3)).cache == 2 * 4 * values
+    at_once = onchip.weights_at_once(256, 128, Config(64, 32, 4, 2))
+    assert at_once.cache == (2 * 4 + 2) * 256 * 128 * 2
+
+
+def test_every_launch_with_products_has_its_traffic() -> None:
+    rates = GpuRates(flops=1e30, bandwidth=1e30, cache=1.0)
+    for shape in (LayerShape(4, 256, 128), LayerShape(4, 256, 768)):
+        launches = roofline.layer_work(shape, 2, mode="training")
+        for work in launches:
+            has_products = work.operations > 2 * shape.slices * shape.tokens * shape.dim**2 / 1.01
+            assert (work.on_chip.cache > 0) == has_products, work.kernel
+            assert work.seconds(rates) == pytest.approx(work.on_chip.cache, rel=1e-6)
+        assert all(work.on_chip == (0, 0) for work in roofline.layer_work(shape, 4, mode="forward"))
 
 
 def test_floor_of_the_forward_pass() -> None:

@@ -1,0 +1,98 @@
+"""What the products of a launch move on the chip: from the L2 into shared memory, and from there
+into the tensor cores.
+
+:mod:`benchmarks.roofline` counts every tensor once. A tile of tokens reads the weights again, and a
+tile of columns the tokens: the L2 serves that, and it can be slower than memory is. An instruction
+of sm_90's tensor cores multiplies 64 rows by up to 256 columns, 16 channels deep; it reads the
+columns, and the rows unless they lie in registers, from shared memory at 128 bytes a cycle, so that
+below 64 columns it reads for longer than it multiplies. Both follow from the tile
+(:mod:`sep_attn.triton_kernels.configs`), here for values of 2 bytes on sm_90.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from benchmarks.registry import LayerShape
+from sep_attn.triton_kernels.configs import Config, config_of, value_widths
+
+TARGET = "sm_90"
+ITEMSIZE = 2
+ROWS = 64  # of an instruction, which four warps give together
+GROUP = 4  # those warps
+
+
+class Traffic(NamedTuple):
+    """Bytes from and to the L2, and bytes that tensor cores read from shared memory."""
+
+    cache: float = 0
+    operands: float = 0
+
+
+def operands(
+    rows: int, columns: int, depth: int, warps: int, *, rows_in_registers: bool = False
+) -> int:
+    """Bytes that a product ``[rows, depth] x [depth, columns]`` of one program reads. Its groups of
+    warps share out the rows, and the columns where there are more groups than 64 rows each."""
+    blocks = math.ceil(rows / ROWS)
+    across = max(1, warps // GROUP // blocks)  # groups side by side, each reads the rows
+    left = 0 if rows_in_registers else ROWS * across
+    return blocks * depth * (left + columns) * ITEMSIZE
+
+
+def whole_tokens(tokens: int, dim: int, config: Config, *, pools: bool) -> Traffic:
+    """``slice_fwd_kernel``, which pools too, and ``value_gate_output_fwd_kernel``."""
+    tiles = math.ceil(tokens / config.tokens)
+    widths = value_widths(dim)
+    values = tokens * dim * ITEMSIZE
+    weights = 2 * tiles * dim * dim * ITEMSIZE
+    read = sum(operands(config.tokens, width, dim, config.warps) for width in widths)
+    read += operands(config.tokens, dim, dim, config.warps, rows_in_registers=True)
+    return Traffic((pools + len(widths) + 1) * values + weights, tiles * read)
+
+
+def by_columns(tokens: int, dim: int, config: Config, *, products: int) -> Traffic:
+    """``token_product_kernel``, and with two products ``value_gate_bwd_kernel``, which also writes
+    two tensors and reads the gradient once more."""
+    columns = min(config.columns, dim)
+    tiles, blocks = math.ceil(tokens / config.tokens), math.ceil(dim / columns)
+    values, matrix = tokens * dim * ITEMSIZE, dim * dim * ITEMSIZE
+    others = 1 if products == 1 else 3
+    read = products * tiles * blocks * operands(config.tokens, columns, dim, config.warps)
+    return Traffic(products * (blocks * values + tiles * matrix) + others * values, read)
+
+
+def weights_at_once(tokens: int, dim: int, config: Config) -> Traffic:
+    """``value_gate_weights_bwd_kernel``, whose programs keep the weights and the sums."""
+    tiles, blocks = math.ceil(tokens / config.tokens), math.ceil(dim / config.columns)
+    values = tokens * dim * ITEMSIZE
+    forth = operands(config.tokens, config.columns, dim, config.warps)
+    back = operands(dim, config.columns, config.tokens, config.warps)
+    return Traffic((2 * blocks + 2) * values, 2 * tiles * blocks * (forth + back))
+
+
+def weight_grad(tokens: int, dim: int, config: Config) -> Traffic:
+    side = min(config.columns, dim)
+    blocks = math.ceil(dim / side)
+    read = blocks**2 * operands(side, side, tokens, config.warps)
+    return Traffic(2 * blocks * tokens * dim * ITEMSIZE, read)
+
+
+PRODUCTS: dict[str, Callable[[int, int, Config], Traffic]] = {
+    "slice_fwd_kernel": lambda *tile: whole_tokens(*tile, pools=True),
+    "value_gate_output_fwd_kernel": lambda *tile: whole_tokens(*tile, pools=False),
+    "token_product_kernel": lambda *tile: by_columns(*tile, products=1),
+    "value_gate_bwd_kernel": lambda *tile: by_columns(*tile, products=2),
+    "value_gate_weights_bwd_kernel": weights_at_once,
+    "weight_grad_kernel": weight_grad,
+}
+
+
+def traffic(kernel: str, shape: LayerShape) -> Traffic | None:
+    """Of one launch of a kernel; None where it holds no products of tokens."""
+    if kernel not in PRODUCTS:
+        return None
+    config = config_of(kernel, TARGET, ITEMSIZE, shape.dim)
+    return PRODUCTS[kernel](shape.slices * shape.tokens, shape.dim, config)
