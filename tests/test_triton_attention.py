@@ -59,11 +59,7 @@ def take_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         attention, "MOST_FUSED_BACKWARD_CHANNELS", dict.fromkeys((2, 4), fused_backward)
     )
-    if path == "wide":
-        monkeypatch.setattr(attention, "MOST_FUSED_CHANNELS", {2: 0, 4: 0})
-    else:
-        monkeypatch.setattr(attention, "MOST_FUSED_CHANNELS", {2: 512, 4: 512})
-        monkeypatch.setattr(attention, "path_of", lambda *_: path)
+    monkeypatch.setattr(attention, "path_of", lambda *_: path)
     monkeypatch.setattr(attention, "config_of", lambda *_: configs.Config(16, 16, 4, 1))
     monkeypatch.setattr(attention, "COMBINE_ROWS", 16)
     monkeypatch.setattr(attention, "COMBINE_CHANNELS", 16)
@@ -116,6 +112,28 @@ def test_every_kernel_in_small_tiles(
         take_path(path, monkeypatch)
         for name, result in forward(case, inputs).items():
             torch.testing.assert_close(result, expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "channels, bands, tokens, path",
+    [
+        (128, 256, 1024, "short"),
+        (512, 64, 1024, "short"),
+        (128, 256, 1025, "long"),  # longer than one program should read
+        (128, 63, 256, "long"),  # too few slices for a program each
+        (128, 1, 128, "short"),  # a single tile anyway
+        (256, 1, 129, "long"),
+        (512, 1, 128, "wide"),  # a single tile of many channels is shared out
+        (512, 63, 129, "wide"),
+        (512, 64, 128, "short"),
+        (512, 1, 64 * 128 - 1, "wide"),
+        (512, 1, 64 * 128, "long"),
+        (513, 256, 16, "wide"),
+    ],
+)
+def test_the_path_fits_the_shape(channels: int, bands: int, tokens: int, path: str) -> None:
+    assert attention.path_of(channels, 2, bands, tokens, tokens, 128) == path
+    assert attention.path_of(channels, 4, bands, tokens, tokens, 32) == "wide"
 
 
 @pytest.mark.parametrize("path, case", zip(PATHS, (CASES[5], CASES[8], CASES[4]), strict=True))

@@ -7,8 +7,9 @@
 ``short`` one launch (:mod:`fused`), a program does whole slices: 2 N D e of memory traffic
 ``long``  scores and pool, combine (:mod:`scoring`), values with gate and output (:mod:`fused`):
           3 N D e
-``wide``  more channels than ``MOST_FUSED_CHANNELS``: scores and pool, combine, value product with
-          bias, activation and gate as its epilogue, output product (:mod:`products`): 5 N D e
+``wide``  scores and pool, combine, value product with bias, activation and gate as its epilogue,
+          output product (:mod:`products`): 5 N D e. For more channels than
+          ``MOST_FUSED_CHANNELS``, and for few tokens of more than ``MOST_LONE_CHANNELS``
 ========= =========================================================================================
 
 Backward is the same for all: value and gate, and the gradients of both weights, in one kernel up to
@@ -55,6 +56,9 @@ from sep_attn.triton_kernels.tiles import MOST_CHANNELS, tiling
 # where it is one tile anyway.
 SHORT_TOKENS = 1024
 SHORT_PROGRAMS = 64
+# A tile of whole tokens with more channels than this takes long: where there are fewer than
+# SHORT_PROGRAMS tiles, each is shared out among programs by its columns.
+MOST_LONE_CHANNELS = 256
 # Values of a tile of the softmax in the kernel for short slices, and tiles under way at a time.
 POOL_VALUES = 8192
 POOL_STAGES = 3
@@ -68,15 +72,23 @@ WEIGHT_PROGRAMS = 264
 SUM_BLOCK = 1024
 
 
-def path_of(bands: int, tokens: int, source_tokens: int, tile_tokens: int) -> str:
-    """``"short"`` or ``"long"``, where a program can hold whole tokens: see the table above.
+def path_of(
+    channels: int, itemsize: int, bands: int, tokens: int, source_tokens: int, tile_tokens: int
+) -> str:
+    """``"short"``, ``"long"`` or ``"wide"``: see the table above.
 
     Args:
+        channels: D.
+        itemsize: bytes of a value.
         bands: slices, or rows of slices, that lie apart (:mod:`sep_attn.triton_kernels.launch`).
         tokens, source_tokens: of a band, in x and where scores and keys come from.
-        tile_tokens: rows of a tile of the kernel for short slices.
+        tile_tokens: rows of a tile of the kernels that hold whole tokens.
     """
+    if channels > MOST_FUSED_CHANNELS[itemsize]:
+        return "wide"
     # One comparison: while a program is traced it is all that depends on the number of tokens.
+    if bands < SHORT_PROGRAMS and channels > MOST_LONE_CHANNELS:
+        return "long" if bands * tokens >= SHORT_PROGRAMS * tile_tokens else "wide"
     most = max(tile_tokens, SHORT_TOKENS) if bands >= SHORT_PROGRAMS else tile_tokens
     return "short" if torch.sym_max(tokens, source_tokens) <= most else "long"
 
@@ -218,13 +230,11 @@ def _plan_forward(
         {"source": source_strides, "mask": mask_strides, "weights": weights_strides},
     )
     grid, source, channels = operands.grid, operands.source, operands.channels
-    fused_layer = channels <= MOST_FUSED_CHANNELS[call.itemsize]
-    path = "wide"
-    if fused_layer:
-        config = call.config("slice_fwd_kernel", channels)
-        path = path_of(grid.bands, grid.tokens, source.tokens, config.tokens)
+    most = MOST_FUSED_CHANNELS[call.itemsize]
+    tile_tokens = call.config("slice_fwd_kernel", min(channels, most)).tokens
+    path = path_of(channels, call.itemsize, grid.bands, grid.tokens, source.tokens, tile_tokens)
     if path == "short":
-        return ForwardPlan(path, (_slice_launch(call, operands, config),), 0)
+        return ForwardPlan(path, (_slice_launch(call, operands),), 0)
 
     config = call.config("score_pool_fwd_kernel", channels)
     source_tiles = triton.cdiv(source.tokens, config.tokens)
@@ -261,7 +271,7 @@ def _plan_forward(
         ),
         Launch(scoring.context_combine_kernel, source.bands * parts, combine),
     ]
-    if fused_layer:
+    if path == "long":
         config = call.config("value_gate_output_fwd_kernel", channels)
         tiles = _tiles_of(operands, grid, config.tokens)
         arguments = {
@@ -295,8 +305,9 @@ def _value_gate_output(call: Call, config: Config, channels: int) -> dict[str, A
     }
 
 
-def _slice_launch(call: Call, operands: Operands, config: Config) -> Launch:
+def _slice_launch(call: Call, operands: Operands) -> Launch:
     grid, source, channels = operands.grid, operands.source, operands.channels
+    config = call.config("slice_fwd_kernel", channels)
     longest = grid._replace(tokens=torch.sym_max(grid.tokens, source.tokens))
     cut = tiling(longest, config.tokens)
     rows = config.tokens // cut.bands
