@@ -15,6 +15,7 @@ import argparse
 import concurrent.futures
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -57,6 +58,10 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}  # by the bytes of a value
 # An open row of a table holds for every larger D; it is compiled at this many more channels.
 BEYOND = 256
 SHARES = 8  # of a target's kernels, each a process's work
+# Of a multiprocessor of sm_90; each program takes this much shared memory besides its own.
+REGISTERS, MEMORY, OVERHEAD = 65_536, 228 * 1024, 1024
+# Up to this D a program moves more than it multiplies: another is to multiply meanwhile.
+MOST_SIDE_BY_SIDE = 128
 
 Row = dict[str, Any]
 
@@ -101,6 +106,13 @@ def layer_cases(target: str, channels: Sequence[int] = ()) -> Iterator[LayerCase
                 yield LayerCase(shape, dtype, "", patch=patch, need_weight_grad=False)
 
 
+def programs_side_by_side(row: Row) -> int:
+    """How many programs of a kernel fit on a multiprocessor of sm_90."""
+    warps = int(row["config"].split("warps=")[1].split()[0])
+    by_registers = REGISTERS // (math.ceil(row["registers"] / 8) * 8 * WARP["sm_90"] * warps)
+    return min(by_registers, MEMORY // (row["shared_bytes"] + OVERHEAD))
+
+
 def _is_half(name: str) -> bool:
     return name.startswith(("bfloat16", "float16"))
 
@@ -112,6 +124,13 @@ def _has_words(config: str) -> bool:
         tokens = re.search(r"BLOCK_N=(\d+)", config)
         return tokens is not None and int(tokens[1]) * (2 if _is_half(config) else 4) >= 16
     return "channels_wide" in config
+
+
+def _moves_most(row: Row) -> bool:
+    if row["kernel"] not in ("slice_fwd_kernel", "value_gate_output_fwd_kernel"):
+        return False
+    dim = re.search(r"D=(\d+)", row["config"])
+    return dim is not None and int(dim[1]) <= MOST_SIDE_BY_SIDE
 
 
 def describe_config(case: LayerCase, launch: Launch) -> str:
@@ -199,7 +218,8 @@ def compile_rows(shares: Sequence[Share], *, processes: int) -> list[Row]:
 def broken_rules(rows: Iterable[Row]) -> list[str]:
     """What is wrong with a report, a line each; empty for a good one.
 
-    On sm_90 nothing spills and every product in half precision runs on HGMMA. On every target
+    On sm_90 nothing spills, every product in half precision runs on HGMMA, and up to D = 128 two
+    programs of the fused forward fit on a multiprocessor. On every target
     shared memory is within a program's limit, and where tokens and tile have whole words of 16
     bytes along the axis that is contiguous in memory, some load takes 16 bytes.
     """
@@ -216,6 +236,8 @@ def broken_rules(rows: Iterable[Row]) -> list[str]:
                 faults.append(f"{row['spill_bytes']} bytes spilled")
             if row["products"] and _is_half(row["config"]) and row["hgmma"] == 0:
                 faults.append("a product in half precision without HGMMA")
+            if _moves_most(row) and programs_side_by_side(row) < 2:
+                faults.append("only one program fits on a multiprocessor")
         broken += [f"{row['target']} {row['kernel']} {row['config']}: {fault}" for fault in faults]
     return broken
 

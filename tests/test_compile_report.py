@@ -22,9 +22,9 @@ GOOD = {
     "kernel": "slice_fwd_kernel",
     "config": "bfloat16 [B,N,D] D=128 channels_wide BLOCK_N=128 warps=8 stages=3",
     "target": "sm_90",
-    "registers": 160,
+    "registers": 128,
     "spill_bytes": 0,
-    "shared_bytes": 131072,
+    "shared_bytes": 98_304,
     "hgmma": 12,
     "load_128": 32,
     "load_narrow": 9,
@@ -51,7 +51,12 @@ def test_good_row_breaks_no_rule() -> None:
     [
         ({"spill_bytes": 8}, "8 bytes spilled"),
         ({"hgmma": 0}, "a product in half precision without HGMMA"),
-        ({"shared_bytes": 300_000}, "300000 bytes of shared memory"),
+        (
+            {"shared_bytes": 300_000, "config": GOOD["config"].replace("D=128", "D=256")},
+            "300000 bytes of shared memory",
+        ),
+        ({"registers": 130}, "only one program fits on a multiprocessor"),
+        ({"shared_bytes": 120_000}, "only one program fits on a multiprocessor"),
         ({"load_128": 0}, "none of its 9 loads takes 16 bytes"),
         (
             {"load_128": 0, "config": "bfloat16 [B,D,P,N] D=512 tokens_wide BLOCK_N=8"},
@@ -69,6 +74,8 @@ def test_bad_rows_break_a_rule(change: dict[str, Any], fault: str) -> None:
     [
         {"hgmma": 0, "config": GOOD["config"].replace("bfloat16", "float32")},
         {"hgmma": 0, "products": False},
+        {"registers": 130, "config": GOOD["config"].replace("D=128", "D=192")},
+        {"registers": 130, "kernel": "token_product_kernel"},
         {"hgmma": None, "spill_bytes": 16, "target": "sm_80"},
         {"load_128": 0, "config": GOOD["config"].replace("channels_wide", "channels")},
         {"load_128": 0, "config": "bfloat16 [B,D,P,N] D=1280 tokens_wide BLOCK_N=4", "hgmma": 1},
