@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from benchmarks.registry import LayerShape
-from sep_attn.triton_kernels.configs import Config, config_of, value_widths
+from sep_attn.triton_kernels.configs import WIDEST_PRODUCT, Config, config_of, value_widths
 
 TARGET = "sm_90"
 ITEMSIZE = 2
@@ -50,7 +50,8 @@ def whole_tokens(tokens: int, dim: int, config: Config, *, pools: bool) -> Traff
     weights = 2 * tiles * dim * dim * ITEMSIZE
     read = sum(operands(config.tokens, width, dim, config.warps) for width in widths)
     read += operands(config.tokens, dim, dim, config.warps, rows_in_registers=True)
-    return Traffic((pools + len(widths) + 1) * values + weights, tiles * read)
+    passes = 1 if sum(widths) <= WIDEST_PRODUCT else len(widths)  # over x, for the values
+    return Traffic((pools + passes + 1) * values + weights, tiles * read)
 
 
 def by_columns(tokens: int, dim: int, config: Config, *, products: int) -> Traffic:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sep_attn.triton_kernels.configs import WIDEST_PRODUCT
 from sep_attn.triton_kernels.gating import activate
 from sep_attn.triton_kernels.launch import VARYING, in_words, word_of
 from sep_attn.triton_kernels.products import gate_bwd_tile
@@ -39,6 +40,48 @@ from sep_attn.triton_kernels.tiles import (
     store_values,
     tile_rows,
 )
+
+
+@triton.constexpr_function
+def sums_fit(chunks):
+    return sum(chunks) <= WIDEST_PRODUCT
+
+
+@triton.jit
+def value_products(
+    x_ptr,
+    x_strides,
+    tile,
+    rows,  # [BLOCK_N], of row_offsets
+    weight_ptr,  # [D, D]
+    no_channels,
+    end,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    FIRST_CHUNK: tl.constexpr,
+    COUNT: tl.constexpr,
+    X_LAYOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # x W_V^T for some of the chunks, in one pass over x: a tuple of [BLOCK_N, width of the chunk].
+    EVEN_K: tl.constexpr = D % BLOCK_K == 0
+    sums = ()
+    for i in tl.static_range(COUNT):
+        sums = sums + (tl.zeros((BLOCK_N, chunk_width(CHUNKS, FIRST_CHUNK + i)), tl.float32),)
+    for first in tl.range(0, end, BLOCK_K):
+        k = first + no_channels + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        x = load_columns(x_ptr, x_strides, tile, rows, k, D, EVEN_K, X_LAYOUT)
+        new_sums = ()
+        for i in tl.static_range(COUNT):
+            d = chunk_channels(CHUNKS, FIRST_CHUNK + i) + no_channels
+            weight = load_weight(
+                weight_ptr, d, k, D, chunk_even(CHUNKS, FIRST_CHUNK + i, D), EVEN_K
+            )  # [width, BLOCK_K]
+            new_sums = new_sums + (tl.dot(x, weight.T, sums[i], input_precision=PRECISION),)
+        sums = new_sums
+    return sums
 
 
 @triton.jit
@@ -70,8 +113,9 @@ def value_gate_output_tile(
     BLOCK_K: tl.constexpr,
 ):
     # act(x W_V^T + b_V) * c, times W_O^T, plus b_O, for a tile of whole tokens.
-    EVEN_K: tl.constexpr = D % BLOCK_K == 0
     EVEN_E: tl.constexpr = D % BLOCK_E == 0
+    # Chunks whose sums fit into registers together are made in one pass over x.
+    AT_ONCE: tl.constexpr = len(VALUE_CHUNKS) if sums_fit(VALUE_CHUNKS) else 1
     # ``zero`` and the second program index are always 0, which the compiler does not know. It then
     # works out anew what zero was added to, where it would keep more than there are registers; does
     # not unroll the loops, which takes registers too; and makes the gated values where they are
@@ -88,24 +132,42 @@ def value_gate_output_tile(
     if qkv_bias_ptr is not None:
         value_bias_ptr = qkv_bias_ptr + 1 + D
     gated = ()
-    for i in tl.static_range(len(VALUE_CHUNKS)):
-        d = chunk_channels(VALUE_CHUNKS, i) + no_channels
-        v = tl.zeros((BLOCK_N, chunk_width(VALUE_CHUNKS, i)), tl.float32)
-        for first in tl.range(0, end, BLOCK_K):
-            k = first + no_channels + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-            x = load_columns(x_ptr, x_strides, tile, rows, k, D, EVEN_K, X_LAYOUT)
-            value_weight = load_weight(
-                qkv_weight_ptr + (1 + D) * D, d, k, D, chunk_even(VALUE_CHUNKS, i, D), EVEN_K
-            )  # [width, BLOCK_K]
-            v = tl.dot(x, value_weight.T, v, input_precision=PRECISION)
-        v += load_bias(value_bias_ptr, d, D)[None, :]
-        context = load_slice_columns(
-            statistics_ptr + D, 2 * D + 1, first_slice, slots, slices, d, D, BANDS * GROUPS, False
+    for first_chunk in tl.static_range(0, len(VALUE_CHUNKS), AT_ONCE):
+        sums = value_products(
+            x_ptr,
+            x_strides,
+            tile,
+            rows,
+            qkv_weight_ptr + (1 + D) * D,
+            no_channels,
+            end,
+            D,
+            VALUE_CHUNKS,
+            first_chunk,
+            AT_ONCE,
+            X_LAYOUT,
+            PRECISION,
+            BLOCK_N,
+            BLOCK_K,
         )
-        own = (activate(v, ACT) * context).to(x_ptr.dtype.element_ty)
-        if zero != 0:
-            tl.store(statistics_ptr, tl.sum(own.to(tl.float32)))
-        gated = gated + (own,)
+        for i in tl.static_range(first_chunk, first_chunk + AT_ONCE):
+            d = chunk_channels(VALUE_CHUNKS, i) + no_channels
+            v = sums[i - first_chunk] + load_bias(value_bias_ptr, d, D)[None, :]
+            context = load_slice_columns(
+                statistics_ptr + D,
+                2 * D + 1,
+                first_slice,
+                slots,
+                slices,
+                d,
+                D,
+                BANDS * GROUPS,
+                False,
+            )
+            own = (activate(v, ACT) * context).to(x_ptr.dtype.element_ty)
+            if zero != 0:
+                tl.store(statistics_ptr, tl.sum(own.to(tl.float32)))
+            gated = gated + (own,)
     tile = tile_rows(i_tile + zero, grid, BANDS, BLOCK_N)
     rows = row_offsets(out_ptr, out_strides, tile, UNIFORM, OUT_LAYOUT)
     for first_e in tl.range(0, end, BLOCK_E):
