@@ -111,6 +111,11 @@ def check_layer_resources(row: dict[str, Any]) -> None:
         return
     assert row["spilled"] == 0
     assert (row["hgmma"] > 0) == row["half_products"]
+    if row["hgmma_columns"]:
+        # Below 64 columns an instruction reads longer than it multiplies, unless its rows lie in
+        # registers; the sums of two gradients leave the widest layers no room for more.
+        scarce = row["kernel"] == "value_gate_weights_bwd_kernel" and row["config"]["D"] > 128
+        assert min(row["hgmma_columns"]) >= (16 if scarce else 32)
     if row["layouts"]:
         config = row["config"]
         depth = config.get("BLOCK_K", config["D"])
