@@ -57,6 +57,7 @@ WARP = {"sm_80": 32, "sm_90": 32, "sm_100": 32, "gfx942": 64}
 DTYPES = {2: torch.bfloat16, 4: torch.float32}  # by the bytes of a value
 # An open row of a table holds for every larger D; it is compiled at this many more channels.
 BEYOND = 256
+SIDE_BY_SIDE = (16, 64)  # tokens of slices of which a tile holds several
 SHARES = 8  # of a target's kernels, each a process's work
 # Of a multiprocessor of sm_90; each program takes this much shared memory besides its own.
 REGISTERS, MEMORY, OVERHEAD = 65_536, 228 * 1024, 1024
@@ -101,6 +102,9 @@ def layer_cases(target: str, channels: Sequence[int] = ()) -> Iterator[LayerCase
                     continue
                 if fused:
                     yield LayerCase(shape, dtype, "short", patch=patch, backward=False)
+                    for tokens in SIDE_BY_SIDE:
+                        few = tuple(tokens if size in (1024, 2048) else size for size in shape)
+                        yield LayerCase(few, dtype, "short", patch=patch, backward=False)
                 yield LayerCase(shape, dtype, "long" if fused else "", patch=patch)
                 # Without gradients of weights, as in a model of which only a part is trained.
                 yield LayerCase(shape, dtype, "", patch=patch, need_weight_grad=False)

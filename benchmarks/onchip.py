@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from benchmarks.registry import LayerShape
@@ -42,21 +43,25 @@ def operands(
     return blocks * depth * (left + columns) * ITEMSIZE
 
 
-def whole_tokens(tokens: int, dim: int, config: Config, *, pools: bool) -> Traffic:
-    """``slice_fwd_kernel``, which pools too, and ``value_gate_output_fwd_kernel``."""
+def whole_tokens(shape: LayerShape, config: Config, *, pools: bool) -> Traffic:
+    """``slice_fwd_kernel``, which pools too and whose programs read W_K, and
+    ``value_gate_output_fwd_kernel``."""
+    tokens, dim = shape.slices * shape.tokens, shape.dim
     tiles = math.ceil(tokens / config.tokens)
-    widths = value_widths(dim)
+    programs = min(tiles, shape.slices) if pools else 0
+    widths = value_widths(dim, max(1, config.tokens // shape.tokens))
     values = tokens * dim * ITEMSIZE
-    weights = 2 * tiles * dim * dim * ITEMSIZE
+    weights = (2 * tiles + programs) * dim * dim * ITEMSIZE
     read = sum(operands(config.tokens, width, dim, config.warps) for width in widths)
     read += operands(config.tokens, dim, dim, config.warps, rows_in_registers=True)
     passes = 1 if sum(widths) <= WIDEST_PRODUCT else len(widths)  # over x, for the values
     return Traffic((pools + passes + 1) * values + weights, tiles * read)
 
 
-def by_columns(tokens: int, dim: int, config: Config, *, products: int) -> Traffic:
+def by_columns(shape: LayerShape, config: Config, *, products: int) -> Traffic:
     """``token_product_kernel``, and with two products ``value_gate_bwd_kernel``, which also writes
     two tensors and reads the gradient once more."""
+    tokens, dim = shape.slices * shape.tokens, shape.dim
     columns = min(config.columns, dim)
     tiles, blocks = math.ceil(tokens / config.tokens), math.ceil(dim / columns)
     values, matrix = tokens * dim * ITEMSIZE, dim * dim * ITEMSIZE
@@ -65,8 +70,9 @@ def by_columns(tokens: int, dim: int, config: Config, *, products: int) -> Traff
     return Traffic(products * (blocks * values + tiles * matrix) + others * values, read)
 
 
-def weights_at_once(tokens: int, dim: int, config: Config) -> Traffic:
+def weights_at_once(shape: LayerShape, config: Config) -> Traffic:
     """``value_gate_weights_bwd_kernel``, whose programs keep the weights and the sums."""
+    tokens, dim = shape.slices * shape.tokens, shape.dim
     tiles, blocks = math.ceil(tokens / config.tokens), math.ceil(dim / config.columns)
     values = tokens * dim * ITEMSIZE
     forth = operands(config.tokens, config.columns, dim, config.warps)
@@ -74,18 +80,19 @@ def weights_at_once(tokens: int, dim: int, config: Config) -> Traffic:
     return Traffic((2 * blocks + 2) * values, 2 * tiles * blocks * (forth + back))
 
 
-def weight_grad(tokens: int, dim: int, config: Config) -> Traffic:
+def weight_grad(shape: LayerShape, config: Config) -> Traffic:
+    tokens, dim = shape.slices * shape.tokens, shape.dim
     side = min(config.columns, dim)
     blocks = math.ceil(dim / side)
     read = blocks**2 * operands(side, side, tokens, config.warps)
     return Traffic(2 * blocks * tokens * dim * ITEMSIZE, read)
 
 
-PRODUCTS: dict[str, Callable[[int, int, Config], Traffic]] = {
-    "slice_fwd_kernel": lambda *tile: whole_tokens(*tile, pools=True),
-    "value_gate_output_fwd_kernel": lambda *tile: whole_tokens(*tile, pools=False),
-    "token_product_kernel": lambda *tile: by_columns(*tile, products=1),
-    "value_gate_bwd_kernel": lambda *tile: by_columns(*tile, products=2),
+PRODUCTS: dict[str, Callable[[LayerShape, Config], Traffic]] = {
+    "slice_fwd_kernel": partial(whole_tokens, pools=True),
+    "value_gate_output_fwd_kernel": partial(whole_tokens, pools=False),
+    "token_product_kernel": partial(by_columns, products=1),
+    "value_gate_bwd_kernel": partial(by_columns, products=2),
     "value_gate_weights_bwd_kernel": weights_at_once,
     "weight_grad_kernel": weight_grad,
 }
@@ -96,4 +103,4 @@ def traffic(kernel: str, shape: LayerShape) -> Traffic | None:
     if kernel not in PRODUCTS:
         return None
     config = config_of(kernel, TARGET, ITEMSIZE, shape.dim)
-    return PRODUCTS[kernel](shape.slices * shape.tokens, shape.dim, config)
+    return PRODUCTS[kernel](shape, config)

@@ -88,23 +88,28 @@ def test_narrow_products_read_longer_than_they_multiply() -> None:
 
 
 def test_what_tiles_read_again_by_hand() -> None:
-    # 256 tokens of 512 channels: two tiles read W_V and W_O; x is read for the pool and for each
-    # half of the values; out is written.
+    # 256 tokens of 512 channels: two tiles read W_V and W_O, and their program W_K; x is read for
+    # the pool and for each half of the values; out is written.
+    shape = LayerShape(1, 256, 512)
     values, matrix = 256 * 512 * 2, 512 * 512 * 2
     tile = Config(128, 32, 8, 2)
-    short = onchip.whole_tokens(256, 512, tile, pools=True)
-    assert short.cache == 4 * values + 2 * 2 * matrix
-    assert onchip.whole_tokens(256, 512, tile, pools=False).cache == short.cache - values
+    short = onchip.whole_tokens(shape, tile, pools=True)
+    assert short.cache == 4 * values + (2 * 2 + 1) * matrix
+    long = onchip.whole_tokens(shape, tile, pools=False)
+    assert long.cache == short.cache - values - matrix
+    # Slices of 16 tokens: a program a tile, and values in quarters.
+    side_by_side = onchip.whole_tokens(LayerShape(16, 16, 512), tile, pools=True)
+    assert side_by_side.cache == 6 * values + (2 * 2 + 2) * matrix
     # Of a tile, 64 rows and 16 channels at a time: rows and 256 columns, twice; then 512 columns.
     assert short.operands == 2 * 2 * 32 * (2 * (64 + 256) + 512) * 16 * 2
     # Columns of 256: both halves read all tokens, each of two tiles reads the weight.
-    product = onchip.by_columns(256, 512, Config(128, 256, 8, 3), products=1)
+    product = onchip.by_columns(shape, Config(128, 256, 8, 3), products=1)
     assert product.cache == 2 * values + 2 * matrix + values
-    both = onchip.by_columns(256, 512, Config(128, 256, 8, 3), products=2)
+    both = onchip.by_columns(shape, Config(128, 256, 8, 3), products=2)
     assert both.cache == 2 * (2 * values + 2 * matrix) + 3 * values
     assert both.operands == 2 * product.operands
-    assert onchip.weight_grad(256, 512, Config(64, 128, 8, 3)).cache == 2 * 4 * values
-    at_once = onchip.weights_at_once(256, 128, Config(64, 32, 4, 2))
+    assert onchip.weight_grad(shape, Config(64, 128, 8, 3)).cache == 2 * 4 * values
+    at_once = onchip.weights_at_once(LayerShape(1, 256, 128), Config(64, 32, 4, 2))
     assert at_once.cache == (2 * 4 + 2) * 256 * 128 * 2
 
 
@@ -135,7 +140,7 @@ def test_no_floor_lies_above_its_launches() -> None:
     for shape in (*registry.SHORT_SLICES, *registry.LONG_SLICES, *registry.MOBILEVITV2_LAYERS):
         floor = roofline.forward_floor(shape, 2, roofline.H100)
         launches = roofline.layer_seconds(shape, 2, roofline.H100, mode="forward")
-        assert floor <= launches * (1 + 1e-9) and launches <= 1.7 * floor, shape
+        assert floor <= launches * (1 + 1e-9) and launches <= 1.75 * floor, shape
 
 
 def test_workloads_are_what_they_say() -> None:

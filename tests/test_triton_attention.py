@@ -150,6 +150,26 @@ def test_tiles_of_the_table(shape: tuple[int, ...], device: torch.device) -> Non
     check_layer(separable_attention, Case(shape), torch.float32, device, backend="triton")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((9, 16, 24), mask="random"),
+        Case((2, 40, 8, 8), patch_size=(4, 2), dropout_p=0.1, need_weights=True),
+        Case((1, 20, 8, 13), prev_shape=(1, 20, 8, 9)),
+    ],
+    ids=str,
+)
+def test_contexts_of_many_slices_are_a_product(
+    case: Case, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tile = configs.Config(128, 16, 4, 1)
+    monkeypatch.setattr(attention, "config_of", lambda *_: tile)
+    monkeypatch.setattr(attention, "path_of", lambda *_: "short")
+    forget_plans()
+    check_layer(separable_attention, case, dtype, device, backend="triton")
+
+
 def call(inputs: dict[str, Tensor], **changed: Any) -> tuple[Any, ...]:
     """Arguments of the operator for [B, N, D]."""
     arguments: dict[str, Any] = {

@@ -59,7 +59,9 @@ SHORT_PROGRAMS = 64
 # A tile of whole tokens with more channels than this takes long: where there are fewer than
 # SHORT_PROGRAMS tiles, each is shared out among programs by its columns.
 MOST_LONE_CHANNELS = 256
-# Values of a tile of the softmax in the kernel for short slices, and tiles under way at a time.
+# A tile of the softmax in the kernel for short slices: at most so many rows, and so many values in
+# all programs of a multiprocessor; and tiles under way at a time.
+POOL_ROWS = 64
 POOL_VALUES = 8192
 POOL_STAGES = 3
 # Long bands are split over about this many programs.
@@ -279,7 +281,7 @@ def _plan_forward(
             **operands.of_tensors("x", "out"),
             **tiles,
             **_options(config),
-            **_value_gate_output(call, config, channels),
+            **_value_gate_output(call, config, channels, tiles["BANDS"] * grid.groups),
             "slices": operands.slices,
         }
         launches.append(Launch(fused.value_gate_output_fwd_kernel, tiles["tiles"], arguments))
@@ -294,10 +296,10 @@ def _plan_forward(
     return ForwardPlan(path, tuple(launches), partials)
 
 
-def _value_gate_output(call: Call, config: Config, channels: int) -> dict[str, Any]:
-    """What the kernels are told that hold whole tokens."""
+def _value_gate_output(call: Call, config: Config, channels: int, slices: int) -> dict[str, Any]:
+    """What the kernels are told that hold whole tokens, of ``slices`` slices a tile."""
     return {
-        "VALUE_CHUNKS": value_widths(channels),
+        "VALUE_CHUNKS": value_widths(channels, slices),
         "ACT": call.act,
         "PRECISION": call.precision,
         "BLOCK_E": min(config.columns, _padded(channels)),
@@ -312,13 +314,14 @@ def _slice_launch(call: Call, operands: Operands) -> Launch:
     cut = tiling(longest, config.tokens)
     rows = config.tokens // cut.bands
     chunks = chunk_widths(channels)
-    fitting = 1 << (POOL_VALUES // sum(chunks)).bit_length() - 1
-    pool_rows = max(16, min(config.tokens, fitting))
+    most_values = POOL_VALUES // max(1, config.programs)
+    fitting = 1 << (most_values // sum(chunks)).bit_length() - 1
+    pool_rows = max(16, min(config.tokens, POOL_ROWS, fitting))
     arguments = {
         **_of_call(operands, grid),
         **operands.of_tensors("x", "source", "mask", "weights", "out"),
         **_options(config),
-        **_value_gate_output(call, config, channels),
+        **_value_gate_output(call, config, channels, cut.slices),
         "dropout_p": call.dropout_p,
         "bands": grid.bands,
         "source_tokens": source.tokens,

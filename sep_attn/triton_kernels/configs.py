@@ -96,7 +96,6 @@ OTHER: Mapping[str, Rows] = {
 }
 
 _FUSED_SM_90: Rows = {
-    64: (128, 64, 8, 3),
     128: (128, 64, 8, 3, 2),
     256: (128, 64, 8, 3),
     384: (128, 32, 8, 3),
@@ -198,11 +197,12 @@ def chunk_widths(channels: int) -> tuple[int, ...]:
 
 
 @functools.cache
-def value_widths(channels: int) -> tuple[int, ...]:
-    """The pieces in which a tile's values are made, at most as wide as one instruction of sm_90's
-    tensor cores."""
+def value_widths(channels: int, slices: int) -> tuple[int, ...]:
+    """The pieces in which the values of a tile are made: at most as wide as one instruction of
+    sm_90's tensor cores, and half of that where the contexts of many slices take registers too."""
+    widest = WIDEST_PRODUCT // (2 if slices > 2 and channels > WIDEST_PRODUCT else 1)
     return tuple(
         part
         for width in chunk_widths(channels)
-        for part in [min(width, WIDEST_PRODUCT)] * max(1, width // WIDEST_PRODUCT)
+        for part in [min(width, widest)] * max(1, width // widest)
     )

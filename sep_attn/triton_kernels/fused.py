@@ -25,10 +25,10 @@ from sep_attn.triton_kernels.tiles import (
     chunk_channels,
     chunk_even,
     chunk_width,
+    gate_by_slice,
     load_bias,
     load_columns,
     load_kept,
-    load_slice_columns,
     load_tokens,
     load_values,
     load_weight,
@@ -152,19 +152,11 @@ def value_gate_output_tile(
         )
         for i in tl.static_range(first_chunk, first_chunk + AT_ONCE):
             d = chunk_channels(VALUE_CHUNKS, i) + no_channels
-            v = sums[i - first_chunk] + load_bias(value_bias_ptr, d, D)[None, :]
-            context = load_slice_columns(
-                statistics_ptr + D,
-                2 * D + 1,
-                first_slice,
-                slots,
-                slices,
-                d,
-                D,
-                BANDS * GROUPS,
-                False,
+            v = activate(sums[i - first_chunk] + load_bias(value_bias_ptr, d, D)[None, :], ACT)
+            v = gate_by_slice(
+                v, statistics_ptr + D, 2 * D + 1, first_slice, slots, slices, d, D, BANDS * GROUPS
             )
-            own = (activate(v, ACT) * context).to(x_ptr.dtype.element_ty)
+            own = v.to(x_ptr.dtype.element_ty)
             if zero != 0:
                 tl.store(statistics_ptr, tl.sum(own.to(tl.float32)))
             gated = gated + (own,)
@@ -244,6 +236,56 @@ def value_gate_output_fwd_kernel(
         BLOCK_E,
         BLOCK_K,
     )
+
+
+# From so many slices a program on, their contexts are a product on tensor cores.
+FEW_SLICES = tl.constexpr(4)
+
+
+@triton.jit
+def context_products(
+    first_slice,
+    qkv_weight_ptr,  # [1 + 2 D, D]
+    qkv_bias_ptr,
+    statistics_ptr,  # [S, 2 D + 1]: pooled | context | sum of the dropped weights
+    slices,
+    D: tl.constexpr,
+    SLICES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # W_K xbar + sigma b_K for a program's slices. In half precision xbar is the sum of two values,
+    # so that nothing is lost that float32 would keep.
+    EVEN_K: tl.constexpr = D % BLOCK_K == 0
+    EVEN_E: tl.constexpr = D % BLOCK_E == 0
+    ROWS: tl.constexpr = SLICES if SLICES > 16 else 16
+    slot = tl.arange(0, ROWS)
+    inside = (slot < SLICES) & (first_slice + slot < slices)  # [ROWS]
+    row_ptrs = statistics_ptr + (first_slice + slot).to(tl.int64) * (2 * D + 1)  # [ROWS]
+    weight_sums = tl.load(row_ptrs + 2 * D, mask=inside, other=0.0)  # [ROWS]
+    for first_e in range(0, D, BLOCK_E):
+        e = first_e + tl.arange(0, BLOCK_E)  # [BLOCK_E]
+        context = tl.zeros((ROWS, BLOCK_E), tl.float32)
+        if qkv_bias_ptr is not None:
+            context += weight_sums[:, None] * load_bias(qkv_bias_ptr + 1, e, D)[None, :]
+        for first in tl.range(0, D, BLOCK_K):
+            k = first + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+            key_weight = load_weight(qkv_weight_ptr + D, e, k, D, EVEN_E, EVEN_K).T
+            pooled = tl.load(
+                row_ptrs[:, None] + k[None, :],
+                mask=inside[:, None] & (k < D)[None, :],
+                other=0.0,
+            )  # [ROWS, BLOCK_K]
+            high = pooled.to(key_weight.dtype)
+            context = tl.dot(high, key_weight, context, input_precision=PRECISION)
+            if key_weight.dtype != tl.float32:
+                rest = pooled - high.to(tl.float32)
+                low = tl.where(rest == rest, rest, 0.0).to(key_weight.dtype)  # 0 beside infinity
+                context = tl.dot(low, key_weight, context, input_precision=PRECISION)
+        tl.store(
+            row_ptrs[:, None] + D + e[None, :], context, mask=inside[:, None] & (e < D)[None, :]
+        )
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -358,34 +400,48 @@ def slice_fwd_kernel(
                 weights = tl.where(kept, tl.exp(scores - shift) / row_divisor, 0.0)
                 store_values(weights_ptr, weights_strides, tile, weights, UNIFORM)
 
-    for first_e in tl.range(0, D, BLOCK_C, num_stages=POOL_STAGES):
-        e = first_e + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-        key_weights = ()
-        for i in tl.static_range(len(CHUNKS)):
-            d = chunk_channels(CHUNKS, i)
-            key_weight = load_weight(
-                qkv_weight_ptr + D, e, d, D, D % BLOCK_C == 0, chunk_even(CHUNKS, i, D)
-            )  # [BLOCK_C, width]
-            key_weights = key_weights + (key_weight,)
-        key_bias = tl.zeros((BLOCK_C,), tl.float32)
-        if qkv_bias_ptr is not None:
-            key_bias = load_bias(qkv_bias_ptr + 1, e, D)
-        for slot in tl.static_range(SLICES):
-            inside_slice = first_slice + slot < slices
-            slot_ptr = statistics_ptr + (first_slice + slot).to(tl.int64) * (2 * D + 1)
-            weight_sum = tl.load(slot_ptr + 2 * D, mask=inside_slice, other=0.0)
-            context = weight_sum * key_bias  # [BLOCK_C]
+    if SLICES >= FEW_SLICES:
+        context_products(
+            first_slice,
+            qkv_weight_ptr,
+            qkv_bias_ptr,
+            statistics_ptr,
+            slices,
+            D,
+            SLICES,
+            PRECISION,
+            BLOCK_E,
+            BLOCK_K,
+        )
+    else:
+        for first_e in tl.range(0, D, BLOCK_C, num_stages=POOL_STAGES):
+            e = first_e + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+            key_weights = ()
             for i in tl.static_range(len(CHUNKS)):
                 d = chunk_channels(CHUNKS, i)
-                row = tl.load(slot_ptr + d, mask=(d < D) & inside_slice, other=0.0)
-                context += tl.sum(key_weights[i].to(tl.float32) * row[None, :], axis=1)
-            tl.store(slot_ptr + D + e, context, mask=(e < D) & inside_slice)
+                key_weight = load_weight(
+                    qkv_weight_ptr + D, e, d, D, D % BLOCK_C == 0, chunk_even(CHUNKS, i, D)
+                )  # [BLOCK_C, width]
+                key_weights = key_weights + (key_weight,)
+            key_bias = tl.zeros((BLOCK_C,), tl.float32)
+            if qkv_bias_ptr is not None:
+                key_bias = load_bias(qkv_bias_ptr + 1, e, D)
+            for slot in tl.static_range(SLICES):
+                inside_slice = first_slice + slot < slices
+                slot_ptr = statistics_ptr + (first_slice + slot).to(tl.int64) * (2 * D + 1)
+                weight_sum = tl.load(slot_ptr + 2 * D, mask=inside_slice, other=0.0)
+                context = weight_sum * key_bias  # [BLOCK_C]
+                for i in tl.static_range(len(CHUNKS)):
+                    d = chunk_channels(CHUNKS, i)
+                    row = tl.load(slot_ptr + d, mask=(d < D) & inside_slice, other=0.0)
+                    context += tl.sum(key_weights[i].to(tl.float32) * row[None, :], axis=1)
+                tl.store(slot_ptr + D + e, context, mask=(e < D) & inside_slice)
     tl.debug_barrier()
 
     # The tile read last is still near.
     out_tiles = 1 if BANDS > 1 else band_tiles
     for i_tile in range(0, out_tiles):
-        zero = i_tile // out_tiles
+        zero = i_tile // out_tiles if BANDS == 1 else tl.program_id(1)
         value_gate_output_tile(
             pid * out_tiles + out_tiles - 1 - i_tile,
             zero,

@@ -20,6 +20,7 @@ from sep_attn.triton_kernels.gating import activate
 from sep_attn.triton_kernels.launch import VARYING, in_words
 from sep_attn.triton_kernels.tiles import (
     draw_dropout,
+    gate_by_slice,
     load_bias,
     load_columns,
     load_slice_columns,
@@ -96,9 +97,9 @@ def token_product_kernel(
     first_slice, slots = row_slices(tile, BANDS, GROUPS)
     if EPILOGUE == "gate":
         acc = activate(acc, ACT)
-        for slot in range(0, BANDS * GROUPS):
-            row = load_slice_row(slice_ptr, row_size, first_slice + slot, slices, e, D)
-            acc = tl.where((slots == slot)[:, None], acc * row[None, :], acc)
+        acc = gate_by_slice(
+            acc, slice_ptr, row_size, first_slice, slots, slices, e, D, BANDS * GROUPS
+        )
     if EPILOGUE == "pool":
         weights = load_values(weights_ptr, weights_strides, tile, UNIFORM)  # [BLOCK_N]
         if seed_ptr is not None:
