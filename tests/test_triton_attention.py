@@ -170,6 +170,17 @@ def test_contexts_of_many_slices_are_a_product(
     check_layer(separable_attention, case, dtype, device, backend="triton")
 
 
+@pytest.mark.parametrize("path", ["short", "long"])
+def test_values_in_several_passes_over_x(
+    path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "path_of", lambda *_: path)
+    forget_plans()
+    case = Case((2, 20, 272))
+    assert sum(configs.value_widths(272, 1)) > configs.WIDEST_PRODUCT
+    check_layer(separable_attention, case, torch.float16, device, backend="triton")
+
+
 def call(inputs: dict[str, Tensor], **changed: Any) -> tuple[Any, ...]:
     """Arguments of the operator for [B, N, D]."""
     arguments: dict[str, Any] = {
