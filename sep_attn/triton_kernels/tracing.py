@@ -56,10 +56,8 @@ def launch(
     passed: dict[str, Any] = dict(tensors)
     changed: dict[str, int | str] = {}
     for name, value in arguments.items():
-        if (
-            name == "maxnreg"
-        ):  # Inductor takes it for an argument; without it the result is the same
-            continue
+        if name == "maxnreg":
+            continue  # Inductor takes it for one of the kernel's own arguments
         if isinstance(value, tuple) and name.endswith("strides"):
             passed |= {f"{name}_{axis}": stride for axis, stride in enumerate(value)}
             changed[name] = len(value)
