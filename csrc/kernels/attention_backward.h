@@ -155,6 +155,11 @@ class AttentionBackwardPass {
     return weight == kOut ? out_weight_.stride() : qkv_weight_.stride();
   }
 
+  S* grad_value_weight() const {
+    S* rows = static_cast<S*>(op_.grad_qkv_weight);
+    return rows == nullptr ? nullptr : rows + (1 + channels_) * channels_;
+  }
+  S* grad_out_weight() const { return static_cast<S*>(op_.grad_out_weight); }
   // Where it fits, the first part's sums of the weights' gradients are the gradients themselves.
   T* value_weight_sum(int64_t part) const {
     if (part < first_sum_in_place_) {
@@ -311,21 +316,28 @@ class AttentionBackwardPass {
     }
   }
 
+  // Rows [own) of a weight's gradient in one product over all tokens, with the same operands.
+  template <LeftOperand kLeft>
+  void store_outer_product(Rows<const T> left, Rows<const T> right, Range own, S* target) const {
+    if (target == nullptr) return;
+    const int64_t first = own.begin * (kLeft == LeftOperand::kRows ? left.stride : 1);
+    multiply<T, kLeft>(own.count(), channels_, tokens_, left.data + first, left.stride,
+                       Panels<T>{right.data, kWidth, right.stride},
+                       StoreResult<S>{target + own.begin * channels_, channels_, channels_});
+  }
+
   // Some rows of W_V's gradient, dv^T x, or of W_O's, g^T y.
   void multiply_whole(int64_t item) const {
-    const bool of_values = item < weight_groups();
     const Range own = share(channels_, item % weight_groups(), weight_groups());
-    S* target = static_cast<S*>(of_values ? op_.grad_qkv_weight : op_.grad_out_weight);
-    if (target == nullptr) return;
-    if (of_values) target += (1 + channels_) * channels_;
-    const Rows<const T> right = of_values ? whole_rows(kX, op_.grid, op_.x)
-                                          : Rows<const T>{whole_operand(kGated), tile_stride_};
-    const Rows<const T> left = of_values ? Rows<const T>{whole_operand(kGradValues), tile_stride_}
-                                         : whole_rows(kGradOut, op_.grad_out_grid, op_.grad_out);
-    multiply<T, LeftOperand::kColumns>(
-        own.count(), channels_, tokens_, left.data + own.begin, left.stride,
-        Panels<T>{right.data, kWidth, right.stride},
-        StoreResult<S>{target + own.begin * channels_, channels_, channels_});
+    if (item < weight_groups()) {
+      store_outer_product<LeftOperand::kColumns>({whole_operand(kGradValues), tile_stride_},
+                                                 whole_rows(kX, op_.grid, op_.x), own,
+                                                 grad_value_weight());
+    } else {
+      store_outer_product<LeftOperand::kColumns>(
+          whole_rows(kGradOut, op_.grad_out_grid, op_.grad_out),
+          {whole_operand(kGated), tile_stride_}, own, grad_out_weight());
+    }
   }
 
   // dx = dv W_V
@@ -490,20 +502,17 @@ class AttentionBackwardPass {
   enum RowGradient { kGradX, kGradValueWeight, kGradOutWeight, kRowGradients };
   void multiply_rows_of(RowGradient gradient, int64_t group, T* tile) const {
     const Range rows = rows_of(group);
-    if (gradient == kGradX) {
-      if (op_.grad_x == nullptr) return;
+    if (gradient == kGradValueWeight) {
+      store_outer_product<LeftOperand::kRows>({whole_operand(kGradValues), whole_lane_stride_},
+                                              {whole_operand(kX), tile_stride_}, rows,
+                                              grad_value_weight());
+    } else if (gradient == kGradOutWeight) {
+      store_outer_product<LeftOperand::kRows>({whole_operand(kGradOut), whole_lane_stride_},
+                                              {whole_operand(kGated), tile_stride_}, rows,
+                                              grad_out_weight());
+    } else if (op_.grad_x != nullptr) {
       store_lanes_gradient({0, tokens_}, rows, whole_lanes(kGradValues), tile);
-      return;
     }
-    const bool of_values = gradient == kGradValueWeight;
-    S* target = static_cast<S*>(of_values ? op_.grad_qkv_weight : op_.grad_out_weight);
-    if (target == nullptr) return;
-    const Rows<T> left = whole_lanes(of_values ? kGradValues : kGradOut);
-    multiply<T, LeftOperand::kRows>(
-        rows.count(), channels_, tokens_, left.data + rows.begin * left.stride, left.stride,
-        Panels<T>{whole_operand(of_values ? kX : kGated), kWidth, tile_stride_},
-        StoreResult<S>{target + ((of_values ? 1 + channels_ : 0) + rows.begin) * channels_,
-                       channels_, channels_});
   }
 
   // ---- Sums over the workers, in their order ----
@@ -553,13 +562,12 @@ class AttentionBackwardPass {
     if (own.count() == 0) return;
     S* qkv_weight = static_cast<S*>(op_.grad_qkv_weight);
     S* qkv_bias = static_cast<S*>(op_.grad_qkv_bias);
-    S* out_weight = static_cast<S*>(op_.grad_out_weight);
     S* out_bias = static_cast<S*>(op_.grad_out_bias);
     const auto out_sums = [&](int64_t part) { return out_weight_sum(part); };
     const auto value_sums = [&](int64_t part) { return value_weight_sum(part); };
-    if (out_weight != nullptr) sum_weight_rows(own, out_sums, out_weight);
+    if (grad_out_weight() != nullptr) sum_weight_rows(own, out_sums, grad_out_weight());
     if (qkv_weight != nullptr) {
-      sum_weight_rows(own, value_sums, qkv_weight + (1 + channels_) * channels_);
+      sum_weight_rows(own, value_sums, grad_value_weight());
       multiply<T, LeftOperand::kColumns>(
           own.count(), channels_, slices_, grad_context() + own.begin, padded_,
           Panels<T>{pooled(), kWidth, padded_},
