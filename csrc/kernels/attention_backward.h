@@ -60,7 +60,7 @@ class AttentionBackwardPass {
         qkv_weight_(op.qkv_weight, 1 + 2 * channels_, channels_),
         out_weight_(op.out_weight, channels_, channels_),
         vectors_(4 * padded_),
-        packed_((!in_place_weights_ ? 4 : (op.values == nullptr ? 1 : 0)) * panels_ * panel_size_),
+        packed_(packed_before(kWeights) * panels_ * panel_size_),
         first_sum_in_place_(!kHalf && channels_ == padded_),
         weight_sums_((op.grad_qkv_weight || op.grad_out_weight) && !by_rows_ && !whole_
                          ? (parts_ - first_sum_in_place_) * 2 * channels_ * padded_
@@ -94,7 +94,7 @@ class AttentionBackwardPass {
     const int64_t channel_groups = (channels_ + kBlockRows - 1) / kBlockRows;
     run_workers(parallel_, workers_, [&](Worker& worker) {
       T* scratch = tiles_.get() + worker.index() * 6 * tile_size_;
-      worker.share_out(4 * panels_, [&](int64_t i) {
+      worker.share_out(kWeights * panels_, [&](int64_t i) {
         pack_weights(static_cast<Weight>(i / panels_), i % panels_);
       });
       worker.wait();
@@ -133,11 +133,19 @@ class AttentionBackwardPass {
   // Right-hand operands. W_V^T is packed where values are computed again; the others serve as they
   // lie while they stay in the second cache, else they are packed: W_K only for slices enough to
   // pay for it.
-  enum Weight { kValueTransposed, kOut, kValue, kKey };
+  enum Weight { kValueTransposed, kOut, kValue, kKey, kWeights };
   bool packs(Weight weight) const {
     if (weight == kValueTransposed) return op_.values == nullptr;
     if (on_lanes_ && weight != kKey) return false;
     return !in_place_weights_ && (weight != kKey || slices_ > 8);
+  }
+  int64_t packed_before(Weight weight) const {
+    int64_t count = 0;
+    for (int i = 0; i < weight; ++i) count += packs(static_cast<Weight>(i));
+    return count;
+  }
+  T* packed(Weight weight) const {
+    return packed_.get() + packed_before(weight) * panels_ * panel_size_;
   }
   Panels<T> panels(Weight weight) const {
     if constexpr (!kHalf) {
@@ -145,7 +153,7 @@ class AttentionBackwardPass {
         return {weight_rows(weight), kWidth, weight_stride(weight)};
       }
     }
-    return {packed_.get() + weight * panels_ * panel_size_, panel_size_, kWidth};
+    return {packed(weight), panel_size_, kWidth};
   }
   const S* weight_rows(Weight weight) const {
     if (weight == kOut) return out_weight_.row(0);
@@ -223,7 +231,7 @@ class AttentionBackwardPass {
     const int64_t stride = weight_stride(weight);
     const int64_t stride_k = weight == kValueTransposed ? 1 : stride;
     pack_panel(rows, stride_k, weight == kValueTransposed ? stride : int64_t{1}, channels_,
-               channels_, panel * kWidth, packed_.get() + (weight * panels_ + panel) * panel_size_);
+               channels_, panel * kWidth, packed(weight) + panel * panel_size_);
   }
 
   // ---- The value path, tile by tile ----
