@@ -460,12 +460,14 @@ class AttentionForwardPass {
   bool pools_into_lanes() const {
     constexpr int64_t most_bytes = 1 << 19;
     return std::is_same<P, T>::value && workers_ == 1 && pools_strips_ && op_.x == op_.x_prev &&
-           same_places(op_.grid, op_.prev_grid) && op_.grid.width % kLanes<T> == 0 &&
+           same_tokens(op_.grid, op_.prev_grid) && op_.grid.width % kLanes<T> == 0 &&
            tokens_ * channels_ * static_cast<int64_t>(sizeof(T)) <= most_bytes;
   }
-  static bool same_places(const TokenGrid& a, const TokenGrid& b) {
-    return a.stride_batch == b.stride_batch && a.stride_height == b.stride_height &&
-           a.stride_width == b.stride_width && a.stride_channel == b.stride_channel;
+  // x_prev may be another view of x's memory, which begins where x does.
+  static bool same_tokens(const TokenGrid& a, const TokenGrid& b) {
+    return a.height == b.height && a.width == b.width && a.stride_batch == b.stride_batch &&
+           a.stride_height == b.stride_height && a.stride_width == b.stride_width &&
+           a.stride_channel == b.stride_channel;
   }
 
   // Tokens of a tile of lanes: few where the workers need many tiles; many where the tile stays in
