@@ -58,7 +58,7 @@ class AttentionForwardPass {
   static constexpr int64_t kWidth = kPanelWidth<T>;
   static_assert(sizeof(P) == sizeof(T), "tiles and panels hold either");
   static_assert(kBlockRows % kElements == 0, "a part of the rows holds whole operands");
-  static constexpr int64_t kLanePanels = larger(1, 128 / kWidth);  // of a tile of lanes, at most
+  static constexpr int64_t kLanePanels = larger(1, kLaneTile / kWidth);
   static constexpr int64_t kMostPatterns = 2 * kLanePanels * kPanelVectors;
 
  public:

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "lanes.h"
 #include "products.h"
 #include "simd.h"
 #include "tokens.h"
@@ -80,7 +81,6 @@ void gate_backward_tile(int64_t rows, int64_t channels, int64_t stride, Rows<con
 
 // ---- Tokens on the lanes ----
 
-constexpr int64_t kLaneTile = 128;  // tokens, at most
 template <typename T>
 constexpr int64_t kLaneTileVectors = kLaneTile / kLanes<T>;
 
