@@ -158,6 +158,19 @@ def test_nan_at_masked_tokens_does_not_reach_the_context(
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
+def test_x_and_x_prev_may_be_views_that_begin_together(backend: str, device: torch.device) -> None:
+    device = device_of(backend, device)
+    backend_or_skip(backend, device, torch.float32)
+    weights = inputs_of(Case((2, 32, 4, 32)), torch.float32, device)
+    whole = weights.pop("x")
+    part = whole[..., :16]
+    for x, x_prev in ((whole, part), (part, whole)):
+        out = separable_attention(x, **weights, x_prev=x_prev, backend=backend)
+        apart = separable_attention(x, **weights, x_prev=x_prev.clone(), backend=backend)
+        assert torch.equal(out, apart)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
 def test_the_same_bits_from_run_to_run(backend: str, device: torch.device) -> None:
     device = device_of(backend, device)
     backend_or_skip(backend, device, torch.float32)

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "attention_pool.h"
+#include "attention_pool_backward.h"
 #include "gate_tile.h"
 #include "kernels.h"
 #include "lanes.h"
@@ -19,22 +20,6 @@
 namespace sep_attn {
 namespace SEP_ATTN_CAPABILITY {
 
-// target[d] = a[d] scale_a + b[d] scale_b, added to what is there when `add`.
-template <typename T>
-SEP_ATTN_INLINE void combine_scaled(const T* a, T scale_a, const T* b, T scale_b, int64_t count,
-                                    bool add, T* target) {
-  for (int64_t d = 0; d < count; d += kLanes<T>) {
-    const int64_t own = smaller(kLanes<T>, count - d);
-    if (own == kLanes<T>) {
-      const Vec<T> sum = load(a + d) * scale_a + load(b + d) * scale_b;
-      store(target + d, add ? load(target + d) + sum : sum);
-    } else {
-      const Vec<T> sum = load_first(a + d, own) * scale_a + load_first(b + d, own) * scale_b;
-      store_first(target + d, add ? load_first(target + d, own) + sum : sum, own);
-    }
-  }
-}
-
 template <typename S, Activation kActivation>
 class AttentionBackwardPass {
   using T = Accumulate<S>;
@@ -47,13 +32,11 @@ class AttentionBackwardPass {
   AttentionBackwardPass(const AttentionBackward& op, const ParallelFor& parallel)
       : op_(op),
         parallel_(parallel),
-        self_(op.x == op.x_prev && op.grad_x_prev == nullptr),
         channels_(op.grid.channels),
         slices_(op.grid.slices()),
         image_tokens_(op.grid.height * op.grid.width),
         image_slices_(op.grid.patch_h * op.grid.patch_w),
         tokens_(op.grid.batch * image_tokens_),
-        prev_tokens_(op.prev_grid.batch * op.prev_grid.height * op.prev_grid.width),
         padded_(round_up(channels_, kWidth)),
         tile_stride_(padded_ + kLanes<T>),
         lane_stride_(kLaneTile + kLanes<T>),
@@ -73,13 +56,11 @@ class AttentionBackwardPass {
                                                              whole_ ? 2 * kBlockRows
                                                                     : 4 * larger(64, channels_),
                                                              workers_)))),
-        pools_strips_(pool_strips()),
-        pool_parts_(parts_in(prev_tokens_, 64, workers_)),
         in_place_weights_(!kHalf && channels_ % kLanes<T> == 0 && channels_ <= kMostInPlace),
         qkv_weight_(op.qkv_weight, 1 + 2 * channels_, channels_),
         out_weight_(op.out_weight, channels_, channels_),
         vectors_(4 * padded_),
-        packed_((!in_place_weights_ ? 4 : (op.values == nullptr ? 1 : 0)) * panels_ * panel_size_),
+        packed_(packed_before(kWeights) * panels_ * panel_size_),
         first_sum_in_place_(!kHalf && channels_ == padded_),
         weight_sums_((op.grad_qkv_weight || op.grad_out_weight) && !by_rows_ && !whole_
                          ? (parts_ - first_sum_in_place_) * 2 * channels_ * padded_
@@ -88,13 +69,16 @@ class AttentionBackwardPass {
         whole_size_(larger(tokens_ * tile_stride_, channels_ * whole_lane_stride_)),
         whole_operands_(by_rows_ || whole_ ? kOperands * whole_size_ : 0),
         bias_sums_(parts_ * 2 * padded_),
-        score_sums_(score_parts() * (padded_ + kLanes<T>)),
         context_sums_(parts_),
         context_sums_data_(touched_images() * image_slices_ * padded_),
         tiles_(workers_ * 6 * tile_size_),
         delayed_grad_x_(delayed() ? tokens_ * channels_ : 0),
         slice_values_(slices_ * 3 * padded_),
-        slice_sums_(slices_ * 2) {
+        slice_sums_(slices_ * 2),
+        pool_(op,
+              {padded_, score_weight(), pooled(), grad_pooled(), slice_sums_.get(),
+               delayed_grad_x_.get()},
+              workers_) {
     read_vector<S>({qkv_weight_.row(0), 1}, 0, channels_, padded_, score_weight());
     read_vector<S>(op.qkv_bias, 1, channels_, padded_, key_bias());
     read_vector<S>(op.qkv_bias, 1 + channels_, channels_, padded_, value_bias());
@@ -108,11 +92,9 @@ class AttentionBackwardPass {
 
   void run() {
     const int64_t channel_groups = (channels_ + kBlockRows - 1) / kBlockRows;
-    const bool pools =
-        pool_grad() != nullptr || op_.grad_qkv_weight != nullptr || op_.grad_qkv_bias != nullptr;
     run_workers(parallel_, workers_, [&](Worker& worker) {
       T* scratch = tiles_.get() + worker.index() * 6 * tile_size_;
-      worker.share_out(4 * panels_, [&](int64_t i) {
+      worker.share_out(kWeights * panels_, [&](int64_t i) {
         pack_weights(static_cast<Weight>(i / panels_), i % panels_);
       });
       worker.wait();
@@ -132,22 +114,7 @@ class AttentionBackwardPass {
         finish_channels(share(channels_, group, channel_groups));
       });
       worker.wait();
-      if (!pools) return;
-      worker.share_out(slices_, [&](int64_t slice) { sum_score_gradient(slice); });
-      worker.wait();
-      // The last tokens of the value path are in cache.
-      worker.share_out(
-          score_parts(),
-          [&](int64_t part) {
-            if (pools_strips_) {
-              pool_strip_path(part, scratch);
-            } else {
-              pool_path(part, scratch);
-            }
-          },
-          Order::kBackward);
-      worker.wait();
-      worker.share_out(1, [&](int64_t) { finish_scores(); });
+      if (pool_.wanted()) pool_.run(worker, scratch);
     });
   }
 
@@ -166,11 +133,19 @@ class AttentionBackwardPass {
   // Right-hand operands. W_V^T is packed where values are computed again; the others serve as they
   // lie while they stay in the second cache, else they are packed: W_K only for slices enough to
   // pay for it.
-  enum Weight { kValueTransposed, kOut, kValue, kKey };
+  enum Weight { kValueTransposed, kOut, kValue, kKey, kWeights };
   bool packs(Weight weight) const {
     if (weight == kValueTransposed) return op_.values == nullptr;
     if (on_lanes_ && weight != kKey) return false;
     return !in_place_weights_ && (weight != kKey || slices_ > 8);
+  }
+  int64_t packed_before(Weight weight) const {
+    int64_t count = 0;
+    for (int i = 0; i < weight; ++i) count += packs(static_cast<Weight>(i));
+    return count;
+  }
+  T* packed(Weight weight) const {
+    return packed_.get() + packed_before(weight) * panels_ * panel_size_;
   }
   Panels<T> panels(Weight weight) const {
     if constexpr (!kHalf) {
@@ -178,7 +153,7 @@ class AttentionBackwardPass {
         return {weight_rows(weight), kWidth, weight_stride(weight)};
       }
     }
-    return {packed_.get() + weight * panels_ * panel_size_, panel_size_, kWidth};
+    return {packed(weight), panel_size_, kWidth};
   }
   const S* weight_rows(Weight weight) const {
     if (weight == kOut) return out_weight_.row(0);
@@ -188,12 +163,11 @@ class AttentionBackwardPass {
     return weight == kOut ? out_weight_.stride() : qkv_weight_.stride();
   }
 
-  // Tokens are cut into parts with sums of their own, which are added up in their order: a few for
-  // each worker, so that a slow one takes fewer.
-  static int64_t parts_in(int64_t tokens, int64_t least, int64_t workers) {
-    if (workers == 1) return 1;
-    return smaller(tokens, smaller(4 * workers, larger(workers, tokens / least)));
+  S* grad_value_weight() const {
+    S* rows = static_cast<S*>(op_.grad_qkv_weight);
+    return rows == nullptr ? nullptr : rows + (1 + channels_) * channels_;
   }
+  S* grad_out_weight() const { return static_cast<S*>(op_.grad_out_weight); }
   // Where it fits, the first part's sums of the weights' gradients are the gradients themselves.
   T* value_weight_sum(int64_t part) const {
     if (part < first_sum_in_place_) {
@@ -207,10 +181,6 @@ class AttentionBackwardPass {
   }
   T* value_bias_sum(int64_t part) const { return bias_sums_.get() + part * 2 * padded_; }
   T* out_bias_sum(int64_t part) const { return value_bias_sum(part) + padded_; }
-  T* score_weight_sum(int64_t part) const {
-    return score_sums_.get() + part * (padded_ + kLanes<T>);
-  }
-  T& score_bias_sum(int64_t part) const { return score_weight_sum(part)[padded_]; }
 
   // Where tokens are few, the operands of all of them are kept, and a weight's gradient is one
   // product over all, shared out by its own rows: sums of parts would be larger than the operands.
@@ -248,14 +218,10 @@ class AttentionBackwardPass {
   T* grad_context() const { return slice_values_.get(); }
   T* grad_pooled() const { return slice_values_.get() + slices_ * padded_; }
   T* pooled() const { return slice_values_.get() + 2 * slices_ * padded_; }
-  T& key_bias_product(int64_t slice) const { return slice_sums_[2 * slice]; }  // b_K . dc
-  T& score_sum(int64_t slice) const { return slice_sums_[2 * slice + 1]; }     // sum_n p dp
 
-  // The gradient of x' receives the pooling path; in half precision the value path's share of it
-  // waits in T, so that it is rounded once.
-  S* pool_grad() const { return static_cast<S*>(self_ ? op_.grad_x : op_.grad_x_prev); }
-  const TokenGrid& pool_grid() const { return self_ ? op_.grad_x_grid : op_.grad_prev_grid; }
-  bool delayed() const { return kHalf && self_ && op_.grad_x != nullptr; }
+  // In half precision, the share of grad_x that waits in T for the pooling path's, so that it is
+  // rounded once.
+  bool delayed() const { return kHalf && is_self_attention(op_) && op_.grad_x != nullptr; }
 
   // ---- Weights ----
 
@@ -265,7 +231,7 @@ class AttentionBackwardPass {
     const int64_t stride = weight_stride(weight);
     const int64_t stride_k = weight == kValueTransposed ? 1 : stride;
     pack_panel(rows, stride_k, weight == kValueTransposed ? stride : int64_t{1}, channels_,
-               channels_, panel * kWidth, packed_.get() + (weight * panels_ + panel) * panel_size_);
+               channels_, panel * kWidth, packed(weight) + panel * panel_size_);
   }
 
   // ---- The value path, tile by tile ----
@@ -358,21 +324,28 @@ class AttentionBackwardPass {
     }
   }
 
+  // Rows [own) of a weight's gradient in one product over all tokens, with the same operands.
+  template <LeftOperand kLeft>
+  void store_outer_product(Rows<const T> left, Rows<const T> right, Range own, S* target) const {
+    if (target == nullptr) return;
+    const int64_t first = own.begin * (kLeft == LeftOperand::kRows ? left.stride : 1);
+    multiply<T, kLeft>(own.count(), channels_, tokens_, left.data + first, left.stride,
+                       Panels<T>{right.data, kWidth, right.stride},
+                       StoreResult<S>{target + own.begin * channels_, channels_, channels_});
+  }
+
   // Some rows of W_V's gradient, dv^T x, or of W_O's, g^T y.
   void multiply_whole(int64_t item) const {
-    const bool of_values = item < weight_groups();
     const Range own = share(channels_, item % weight_groups(), weight_groups());
-    S* target = static_cast<S*>(of_values ? op_.grad_qkv_weight : op_.grad_out_weight);
-    if (target == nullptr) return;
-    if (of_values) target += (1 + channels_) * channels_;
-    const Rows<const T> right = of_values ? whole_rows(kX, op_.grid, op_.x)
-                                          : Rows<const T>{whole_operand(kGated), tile_stride_};
-    const Rows<const T> left = of_values ? Rows<const T>{whole_operand(kGradValues), tile_stride_}
-                                         : whole_rows(kGradOut, op_.grad_out_grid, op_.grad_out);
-    multiply<T, LeftOperand::kColumns>(
-        own.count(), channels_, tokens_, left.data + own.begin, left.stride,
-        Panels<T>{right.data, kWidth, right.stride},
-        StoreResult<S>{target + own.begin * channels_, channels_, channels_});
+    if (item < weight_groups()) {
+      store_outer_product<LeftOperand::kColumns>({whole_operand(kGradValues), tile_stride_},
+                                                 whole_rows(kX, op_.grid, op_.x), own,
+                                                 grad_value_weight());
+    } else {
+      store_outer_product<LeftOperand::kColumns>(
+          whole_rows(kGradOut, op_.grad_out_grid, op_.grad_out),
+          {whole_operand(kGated), tile_stride_}, own, grad_out_weight());
+    }
   }
 
   // dx = dv W_V
@@ -537,20 +510,17 @@ class AttentionBackwardPass {
   enum RowGradient { kGradX, kGradValueWeight, kGradOutWeight, kRowGradients };
   void multiply_rows_of(RowGradient gradient, int64_t group, T* tile) const {
     const Range rows = rows_of(group);
-    if (gradient == kGradX) {
-      if (op_.grad_x == nullptr) return;
+    if (gradient == kGradValueWeight) {
+      store_outer_product<LeftOperand::kRows>({whole_operand(kGradValues), whole_lane_stride_},
+                                              {whole_operand(kX), tile_stride_}, rows,
+                                              grad_value_weight());
+    } else if (gradient == kGradOutWeight) {
+      store_outer_product<LeftOperand::kRows>({whole_operand(kGradOut), whole_lane_stride_},
+                                              {whole_operand(kGated), tile_stride_}, rows,
+                                              grad_out_weight());
+    } else if (op_.grad_x != nullptr) {
       store_lanes_gradient({0, tokens_}, rows, whole_lanes(kGradValues), tile);
-      return;
     }
-    const bool of_values = gradient == kGradValueWeight;
-    S* target = static_cast<S*>(of_values ? op_.grad_qkv_weight : op_.grad_out_weight);
-    if (target == nullptr) return;
-    const Rows<T> left = whole_lanes(of_values ? kGradValues : kGradOut);
-    multiply<T, LeftOperand::kRows>(
-        rows.count(), channels_, tokens_, left.data + rows.begin * left.stride, left.stride,
-        Panels<T>{whole_operand(of_values ? kX : kGated), kWidth, tile_stride_},
-        StoreResult<S>{target + ((of_values ? 1 + channels_ : 0) + rows.begin) * channels_,
-                       channels_, channels_});
   }
 
   // ---- Sums over the workers, in their order ----
@@ -569,7 +539,7 @@ class AttentionBackwardPass {
       const T* own = context_sum(part, slice);
       for (int64_t d = 0; d < padded_; ++d) sum[d] += own[d];
     }
-    key_bias_product(slice) = dot(sum, key_bias(), channels_);
+    slice_sums_[2 * slice] = dot(sum, key_bias(), channels_);
   }
 
   // dxbar = dc W_K, a panel of it for all slices.
@@ -600,13 +570,12 @@ class AttentionBackwardPass {
     if (own.count() == 0) return;
     S* qkv_weight = static_cast<S*>(op_.grad_qkv_weight);
     S* qkv_bias = static_cast<S*>(op_.grad_qkv_bias);
-    S* out_weight = static_cast<S*>(op_.grad_out_weight);
     S* out_bias = static_cast<S*>(op_.grad_out_bias);
     const auto out_sums = [&](int64_t part) { return out_weight_sum(part); };
     const auto value_sums = [&](int64_t part) { return value_weight_sum(part); };
-    if (out_weight != nullptr) sum_weight_rows(own, out_sums, out_weight);
+    if (grad_out_weight() != nullptr) sum_weight_rows(own, out_sums, grad_out_weight());
     if (qkv_weight != nullptr) {
-      sum_weight_rows(own, value_sums, qkv_weight + (1 + channels_) * channels_);
+      sum_weight_rows(own, value_sums, grad_value_weight());
       multiply<T, LeftOperand::kColumns>(
           own.count(), channels_, slices_, grad_context() + own.begin, padded_,
           Panels<T>{pooled(), kWidth, padded_},
@@ -642,291 +611,25 @@ class AttentionBackwardPass {
     }
   }
 
-  // ---- The pooling path, token by token ----
-
-  void sum_score_gradient(int64_t index) {
-    T sum = dot(pooled() + index * padded_, grad_pooled() + index * padded_, channels_) +
-            weight_sum(index) * key_bias_product(index);
-    if (op_.grad_weights.data != nullptr) {
-      const TokenGrid& grid = op_.prev_grid;
-      const Slice slice = make_slice(grid, index);
-      const auto p =
-          slice_values<const T>(grid, slice, contiguous_values<const void>(grid, op_.weights));
-      const auto grad = slice_values<const T>(grid, slice, op_.grad_weights);
-      for (int64_t n = 0; n < grid.slice_tokens(); ++n) {
-        if (p[n] != 0) sum += p[n] * grad[n];
-      }
-    }
-    score_sum(index) = sum;
-  }
-
-  void pool_path(int64_t part, T* scratch) const {
-    const Range range = share(prev_tokens_, part, pool_parts_);
-    for (int64_t d = 0; d < padded_ + kLanes<T>; ++d) score_weight_sum(part)[d] = 0;
-    for (int64_t end = range.end; end > range.begin; end -= kTileRows) {
-      pool_tile(part, {larger(range.begin, end - kTileRows), end}, scratch);
-    }
-  }
-
-  void pool_tile(int64_t part, Range tokens, T* x_tile) const {
-    const int64_t first = tokens.begin;
-    const int64_t count = tokens.count();
-    const Rows<const T> x = read_rows(op_.prev_grid, static_cast<const S*>(op_.x_prev), first,
-                                      count, x_tile, tile_stride_);
-    bool in_place = false;
-    const Rows<T> grad = pool_gradient_rows(tokens, x_tile + tile_size_, &in_place);
-
-    const T* rows[kTileRows + kLanes<T>];
-    int64_t slices[kTileRows];
-    TokenWalk walk(op_.prev_grid, first);
-    for (int64_t t = 0; t < count; ++t, walk.next()) {
-      rows[t] = x.data + t * x.stride;
-      slices[t] = walk.slice();
-    }
-    for (int64_t t = count; t < count + kLanes<T>; ++t) rows[t] = x.data;
-    alignas(64) T products[kTileRows + 2 * kLanes<T>];  // x' . dxbar
-    for (int64_t t = 0; t < count;) {
-      int64_t end = t + 1;
-      while (end < count && slices[end] == slices[t]) ++end;
-      const T* direction = grad_pooled() + slices[t] * padded_;
-      if (end - t > kLanes<T> / 4) {
-        dot_rows(rows + t, end - t, direction, channels_, int64_t{0}, products + t);
-      } else {
-        for (int64_t i = t; i < end; ++i) products[i] = dot(rows[i], direction, channels_);
-      }
-      t = end;
-    }
-
-    T score_grads[kTileRows];
-    int64_t kept = 0;  // tokens with a weight; whatever x' holds elsewhere stays out
-    walk = TokenWalk(op_.prev_grid, first);
-    for (int64_t t = 0; t < count; ++t, walk.next()) {
-      const auto value_at = [&](const TokenValues<const void>& values) {
-        const TokenPosition& at = walk.position();
-        return static_cast<const T*>(
-            values.data)[at.image * values.stride_batch + at.y * values.stride_height +
-                         at.x * values.stride_width];
-      };
-      const T p = static_cast<const T*>(op_.weights)[first + t];
-      T* grad_row = grad.data + t * grad.stride;
-      if (p == 0) {
-        for (int64_t d = 0; pool_grad() && !self_ && d < channels_; ++d) grad_row[d] = 0;
-        continue;
-      }
-      const T scale = op_.dropout_scale.data != nullptr ? value_at(op_.dropout_scale) : T{1};
-      T dp = scale * (products[t] + key_bias_product(slices[t]));
-      if (op_.grad_weights.data != nullptr) dp += value_at(op_.grad_weights);
-      const T score_grad = p * (dp - score_sum(slices[t]));
-      score_bias_sum(part) += score_grad;
-      rows[kept] = rows[t];
-      score_grads[kept++] = score_grad;
-      if (pool_grad() == nullptr) continue;
-      combine_scaled(grad_pooled() + slices[t] * padded_, p * scale, score_weight(), score_grad,
-                     channels_, self_, grad_row);
-    }
-    add_weighted_rows(rows, score_grads, kept, channels_, T{1}, score_weight_sum(part));
-    if (pool_grad() != nullptr && !in_place) {
-      scatter_tokens(pool_grid(), pool_grad(), first, count, grad.data, grad.stride);
-    }
-  }
-
-  // The rows that receive the gradient of x': with the value path's share in self-attention.
-  Rows<T> pool_gradient_rows(Range tokens, T* tile, bool* in_place) const {
-    if (delayed()) {
-      return {delayed_grad_x_.get() + tokens.begin * channels_, channels_};
-    }
-    if constexpr (!kHalf) {
-      if (self_ && op_.grad_x != nullptr) {
-        const TokenGrid& grid = pool_grid();
-        *in_place = tokens_in_place<S>(grid, tokens.begin, tokens.count());
-        if (*in_place) {
-          return {pool_grad() + token_offset(grid, token_position(grid, tokens.begin)),
-                  grid.stride_width};
-        }
-        gather_tokens(grid, pool_grad(), tokens.begin, tokens.count(), tile, tile_stride_,
-                      channels_);
-      }
-    }
-    return {tile, tile_stride_};
-  }
-
-  // ---- The same where pixels are contiguous: tokens on the lanes, vectors of a strip ----
-
-  bool pool_strips() const {
-    const auto contiguous = [](const TokenGrid& grid) {
-      return grid.stride_width == 1 && grid.stride_channel != 1;
-    };
-    return !kHalf && contiguous(op_.prev_grid) && kLanes<T> % op_.prev_grid.patch_w == 0 &&
-           (pool_grad() == nullptr || contiguous(pool_grid()));
-  }
-  int64_t strips() const { return op_.prev_grid.batch * op_.prev_grid.patch_h; }
-  int64_t strip_segments() const {
-    return segments_in(op_.prev_grid.slice_tokens() * op_.prev_grid.patch_w, channels_);
-  }
-  int64_t score_parts() const { return pools_strips_ ? strips() * strip_segments() : pool_parts_; }
-
-  void pool_strip_path(int64_t part, T* scratch) const {
-    const Strip strip = make_strip<T>(op_.prev_grid, part / strip_segments());
-    with_strip_vectors(strip.vectors, [&](auto vectors) {
-      pool_strip_path<decltype(vectors)::value>(part, strip, scratch);
-    });
-  }
-
-  // kVectors at a time.
-  template <int kVectors>
-  void pool_strip_path(int64_t part, const Strip& strip, T* scratch) const {
-    constexpr int64_t lanes = kLanes<T>;
-    const TokenGrid& grid = op_.prev_grid;
-    const int64_t strip_index = part / strip_segments();
-    const Range range = share(strip.vectors, part % strip_segments(), strip_segments());
-    const int64_t first_slice = strip_index * grid.patch_w;
-    const T* of_slices = grad_pooled() + first_slice * padded_;  // dxbar of the strip's slices
-    T* directions = scratch;                   // [channels, lanes]: that of each lane's slice
-    T* sums = directions + channels_ * lanes;  // [channels, lanes]: of dw_I
-    const StripCopy<T, kVectors> copy(sums + channels_ * lanes);  // x'
-    alignas(64) T biases[lanes], score_sums[lanes], values[lanes];
-    for (int64_t i = 0; i < lanes; ++i) {
-      const int64_t slice = first_slice + i % grid.patch_w;
-      biases[i] = key_bias_product(slice);
-      score_sums[i] = score_sum(slice);
-    }
-    IntVec<T> of_column[lanes];  // the lanes of each slice
-    for (int64_t px = 0; px < grid.patch_w; ++px) {
-      for (int64_t i = 0; i < lanes; ++i) of_column[px][i] = i % grid.patch_w == px ? -1 : 0;
-    }
-    for (int64_t d = 0; d < channels_; ++d) {
-      store(sums + d * lanes, zero<T>());
-      Vec<T> direction = broadcast<T>(of_slices[d]);
-      for (int64_t px = 1; px < grid.patch_w; ++px) {
-        direction = of_column[px] ? broadcast<T>(of_slices[px * padded_ + d]) : direction;
-      }
-      store(directions + d * lanes, direction);
-    }
-    Vec<T> bias_sum = zero<T>();
-    const auto weights = contiguous_values<const void>(grid, op_.weights);
-    for (int64_t first = range.begin; first < range.end; first += kVectors) {
-      Vec<T> weight[kVectors], score_grad[kVectors];
-      const T* x[kVectors];
-      T* grad[kVectors];
-      int64_t counts[kVectors];
-      bool whole = true;
-      StripVector places[kVectors];
-      for (int v = 0; v < kVectors; ++v) {
-        const bool there = first + v < range.end;
-        places[v] = strip_vector<T>(strip, there ? first + v : first);
-        counts[v] = there ? places[v].count : 0;
-        whole = whole && counts[v] == lanes;
-        x[v] = static_cast<const T*>(op_.x_prev) + offset(grid, strip, places[v]);
-        grad[v] = pool_grad() == nullptr
-                      ? nullptr
-                      : reinterpret_cast<T*>(pool_grad()) + offset(pool_grid(), strip, places[v]);
-      }
-      Vec<T> products[kVectors];
-      const auto direction_of = [&](int64_t d) { return load(directions + d * lanes); };
-      if (whole) {
-        dot_strip<true, kVectors>(x, counts, grid.stride_channel, direction_of, channels_, copy,
-                                  products);
-      } else {
-        dot_strip<false, kVectors>(x, counts, grid.stride_channel, direction_of, channels_, copy,
-                                   products);
-      }
-      for (int v = 0; v < kVectors; ++v) {
-        weight[v] = score_grad[v] = zero<T>();
-        if (counts[v] == 0) continue;
-        const Vec<T> p =
-            load_first(static_cast<const T*>(weights.data) + strip.image * weights.stride_batch +
-                           places[v].y * weights.stride_height + places[v].x,
-                       counts[v]);
-        const auto read = [&](const TokenValues<const void>& source) {
-          const T* data = static_cast<const T*>(source.data);
-          read_strip_values(strip, places[v], source, T{0}, values,
-                            [&](int64_t at) { return data[at]; });
-          return load(values);
-        };
-        weight[v] = p;
-        Vec<T> dp = products[v] + load(biases);
-        if (op_.dropout_scale.data != nullptr) {
-          const Vec<T> scale = read(op_.dropout_scale);
-          weight[v] *= scale;
-          dp *= scale;
-        }
-        if (op_.grad_weights.data != nullptr) dp += read(op_.grad_weights);
-        // Tokens with no weight stay out, whatever x' holds there.
-        score_grad[v] = p != zero<T>() ? p * (dp - load(score_sums)) : zero<T>();
-        bias_sum += score_grad[v];
-        if (op_.dropout_scale.data == nullptr && whole) continue;
-        weight[v] = p != zero<T>() ? weight[v] : zero<T>();
-      }
-      for (int64_t d = 0; d < channels_; ++d) {
-        const Vec<T> direction = direction_of(d);
-        const Vec<T> score_weight_lanes = broadcast<T>(score_weight()[d]);
-        Vec<T> sum = zero<T>();
-        SEP_ATTN_UNROLL
-        for (int v = 0; v < kVectors; ++v) {
-          const Vec<T> value = load(copy.vectors[v] + d * copy.stride);
-          sum += score_grad[v] * (score_grad[v] != zero<T>() ? value : zero<T>());
-          if (grad[v] == nullptr || counts[v] == 0) continue;
-          T* at = grad[v] + d * pool_grid().stride_channel;
-          Vec<T> own = direction * weight[v] + score_weight_lanes * score_grad[v];
-          if (self_) own += whole ? load(at) : load_first(at, counts[v]);
-          if (whole) {
-            store(at, own);
-          } else {
-            store_first(at, own, counts[v]);
-          }
-        }
-        store(sums + d * lanes, load(sums + d * lanes) + sum);
-      }
-    }
-    T* result = score_weight_sum(part);
-    for (int64_t d = 0; d < channels_; d += lanes) {
-      const int64_t count = smaller(lanes, channels_ - d);
-      Vec<T> rows[lanes];
-      for (int64_t i = 0; i < lanes; ++i)
-        rows[i] = load(sums + (d + smaller(i, count - 1)) * lanes);
-      store_first(result + d, reduce_sums<T>(rows), count);
-    }
-    score_bias_sum(part) = reduce_sum<T>(bias_sum);
-  }
-
-  static int64_t offset(const TokenGrid& grid, const Strip& strip, const StripVector& at) {
-    return strip.image * grid.stride_batch + at.y * grid.stride_height + at.x;
-  }
-
-  void finish_scores() const {
-    if (op_.grad_qkv_bias != nullptr) {
-      T sum = 0;
-      for (int64_t part = 0; part < score_parts(); ++part) sum += score_bias_sum(part);
-      store_one(static_cast<S*>(op_.grad_qkv_bias), sum);
-    }
-    for (int64_t d = 0; op_.grad_qkv_weight != nullptr && d < channels_; ++d) {
-      T sum = 0;
-      for (int64_t part = 0; part < score_parts(); ++part) sum += score_weight_sum(part)[d];
-      store_one(static_cast<S*>(op_.grad_qkv_weight) + d, sum);
-    }
-  }
-
   const AttentionBackward& op_;
   const ParallelFor& parallel_;
-  const bool self_;
-  const int64_t channels_, slices_, image_tokens_, image_slices_, tokens_, prev_tokens_;
+  const int64_t channels_, slices_, image_tokens_, image_slices_, tokens_;
   const int64_t padded_, tile_stride_, lane_stride_, tile_size_;  // rows spread over cache sets
   const int64_t panels_, panel_size_, workers_;
   const bool on_lanes_;
   const int64_t unit_, units_;  // tokens are cut into parts at multiples of a unit
   const bool by_rows_, whole_;
   const int64_t parts_;
-  const bool pools_strips_;
-  const int64_t pool_parts_;
   const bool in_place_weights_;
   const WeightRows<S> qkv_weight_, out_weight_;
   const Buffer<T> vectors_, packed_;
   const bool first_sum_in_place_;
   const Buffer<T> weight_sums_;
   const int64_t whole_lane_stride_, whole_size_;
-  const Buffer<T> whole_operands_, bias_sums_, score_sums_;
+  const Buffer<T> whole_operands_, bias_sums_;
   const Buffer<T*> context_sums_;
   const Buffer<T> context_sums_data_, tiles_, delayed_grad_x_, slice_values_, slice_sums_;
+  const PoolBackwardPass<S> pool_;
 };
 
 // An empty batch: every gradient of a weight or bias is zero.

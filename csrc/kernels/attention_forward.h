@@ -58,7 +58,7 @@ class AttentionForwardPass {
   static constexpr int64_t kWidth = kPanelWidth<T>;
   static_assert(sizeof(P) == sizeof(T), "tiles and panels hold either");
   static_assert(kBlockRows % kElements == 0, "a part of the rows holds whole operands");
-  static constexpr int64_t kLanePanels = larger(1, 128 / kWidth);  // of a tile of lanes, at most
+  static constexpr int64_t kLanePanels = larger(1, kLaneTile / kWidth);
   static constexpr int64_t kMostPatterns = 2 * kLanePanels * kPanelVectors;
 
  public:
@@ -460,12 +460,14 @@ class AttentionForwardPass {
   bool pools_into_lanes() const {
     constexpr int64_t most_bytes = 1 << 19;
     return std::is_same<P, T>::value && workers_ == 1 && pools_strips_ && op_.x == op_.x_prev &&
-           same_places(op_.grid, op_.prev_grid) && op_.grid.width % kLanes<T> == 0 &&
+           same_tokens(op_.grid, op_.prev_grid) && op_.grid.width % kLanes<T> == 0 &&
            tokens_ * channels_ * static_cast<int64_t>(sizeof(T)) <= most_bytes;
   }
-  static bool same_places(const TokenGrid& a, const TokenGrid& b) {
-    return a.stride_batch == b.stride_batch && a.stride_height == b.stride_height &&
-           a.stride_width == b.stride_width && a.stride_channel == b.stride_channel;
+  // x_prev may be another view of x's memory, which begins where x does.
+  static bool same_tokens(const TokenGrid& a, const TokenGrid& b) {
+    return a.height == b.height && a.width == b.width && a.stride_batch == b.stride_batch &&
+           a.stride_height == b.stride_height && a.stride_width == b.stride_width &&
+           a.stride_channel == b.stride_channel;
   }
 
   // Tokens of a tile of lanes: few where the workers need many tiles; many where the tile stays in

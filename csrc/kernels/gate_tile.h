@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "lanes.h"
 #include "products.h"
 #include "simd.h"
 #include "tokens.h"
@@ -80,7 +81,6 @@ void gate_backward_tile(int64_t rows, int64_t channels, int64_t stride, Rows<con
 
 // ---- Tokens on the lanes ----
 
-constexpr int64_t kLaneTile = 128;  // tokens, at most
 template <typename T>
 constexpr int64_t kLaneTileVectors = kLaneTile / kLanes<T>;
 
@@ -131,6 +131,19 @@ int64_t group_lanes(const LaneTile<T>& tile, LaneGroup<T>* groups) {
   return count;
 }
 
+// A vector of tokens of which `left` are there; zeros in the lanes past the last one.
+template <typename T>
+SEP_ATTN_INLINE Vec<T> load_tokens(const T* tokens, int64_t left) {
+  return left >= kLanes<T> ? load(tokens) : load_first(tokens, left);
+}
+template <typename T>
+SEP_ATTN_INLINE Vec<T> keep_tokens(Vec<T> tokens, int64_t left) {
+  if (left >= kLanes<T>) return tokens;
+  alignas(64) T lanes[kLanes<T>];
+  store(lanes, tokens);
+  return load_first(lanes, left);
+}
+
 // add_context(slice, row, sum) adds a vector of channels, from `row` on, to the gradient of a
 // slice's context. y goes to rows of tokens, by way of `block` [lanes, grad_values.stride].
 template <typename T, Activation kActivation, typename AddContext>
@@ -156,20 +169,16 @@ void gate_backward_lanes(const LaneTile<T>& tile, Rows<T> gated, T* block,
         Vec<T> dc = zero<T>();
         for (int64_t i = 0; i < group.count; ++i) {
           const int64_t at = group.vectors[i] * n;
-          const T* v_row = values[group.vectors[i]] + (row + r) * kValuesWidth;
           const int64_t left = tile.tokens - at;
-          const Vec<T> v = left >= n ? load(v_row) : load_first(v_row, left);
-          const Vec<T> dy = left >= n ? load(dy_row + at) : load_first(dy_row + at, left);
+          const Vec<T> v = load_tokens(values[group.vectors[i]] + (row + r) * kValuesWidth, left);
+          const Vec<T> dy = load_tokens(dy_row + at, left);
           const Vec<T> y = activate<T, kActivation>(v);
           Vec<T> dv = dy * c;
           if (kActivation == Activation::kRelu) dv = v <= zero<T>() ? zero<T>() : dv;
+          // A context that is not finite reaches no lane without a token.
+          dv = keep_tokens<T>(dv, left);
           store(y_row + at, y * c);
           store(dy_row + at, dv);
-          if (left < n) {  // a context that is not finite reaches no lane without a token
-            store(dy_row + at, zero<T>());
-            store_first(dy_row + at, dv, left);
-            dv = load(dy_row + at);
-          }
           dc += dy * y;
           sum_dv[r] += dv;
           sum_g[r] += load(g_row + at);

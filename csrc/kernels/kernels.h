@@ -107,10 +107,10 @@ inline bool values_on_lanes(const TokenGrid& x) {
 }
 
 struct AttentionForward {
-  DType dtype;                          // of x, x_prev, weights, biases and out
-  TokenGrid grid, prev_grid, out_grid;  // prev_grid equals grid when x_prev is x
+  DType dtype;  // of x, x_prev, weights, biases and out
+  TokenGrid grid, prev_grid, out_grid;
   const void* x;
-  const void* x_prev;  // scores and keys; equal to x in self-attention
+  const void* x_prev;  // scores and keys; in self-attention x, and prev_grid equals grid
   void* out;
   Matrix qkv_weight;  // [1 + 2D, D]: score, keys, values
   Vector qkv_bias;    // [1 + 2D] or null

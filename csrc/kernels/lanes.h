@@ -15,6 +15,8 @@
 namespace sep_attn {
 namespace SEP_ATTN_CAPABILITY {
 
+constexpr int64_t kLaneTile = 128;  // tokens of a tile, at most
+
 // The slices of a vector's tokens.
 template <typename T>
 struct LaneSlices {

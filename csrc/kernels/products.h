@@ -20,6 +20,13 @@ constexpr int64_t workers_for(int64_t tokens, int64_t operations, int64_t thread
   return larger(1, smaller(smaller(threads, tokens), tokens * operations / (1 << 20)));
 }
 
+// Parts with sums of their own, which are added up in their order: a few for each worker, so that a
+// slow one takes fewer.
+constexpr int64_t parts_in(int64_t tokens, int64_t least, int64_t workers) {
+  if (workers == 1) return 1;
+  return smaller(tokens, smaller(4 * workers, larger(workers, tokens / least)));
+}
+
 // Cuts a range of tokens into tiles whose heights are whole numbers of nearly equal blocks; low
 // ones where there are few, so that all workers are busy to the end.
 struct Tiles {
