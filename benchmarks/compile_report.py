@@ -97,14 +97,16 @@ def layer_cases(target: str, channels: Sequence[int] = ()) -> Iterator[LayerCase
             if channels and dim not in channels:
                 continue
             fused = dim <= configs.MOST_FUSED_CHANNELS[itemsize]
+            if itemsize == 2:
+                for tokens in SIDE_BY_SIDE:
+                    path = "short" if fused else ""
+                    yield LayerCase((2, tokens, dim), dtype, path)
+                    yield LayerCase((2, dim, 4, tokens), dtype, path, patch=(4, 1))
             for shape, patch in (((2, 2048, dim), (1, 1)), ((2, dim, 4, 1024), (4, 1))):
                 if itemsize == 4 and patch != (1, 1):
                     continue
                 if fused:
                     yield LayerCase(shape, dtype, "short", patch=patch, backward=False)
-                    for tokens in SIDE_BY_SIDE:
-                        few = tuple(tokens if size in (1024, 2048) else size for size in shape)
-                        yield LayerCase(few, dtype, "short", patch=patch, backward=False)
                 yield LayerCase(shape, dtype, "long" if fused else "", patch=patch)
                 # Without gradients of weights, as in a model of which only a part is trained.
                 yield LayerCase(shape, dtype, "", patch=patch, need_weight_grad=False)

@@ -49,7 +49,8 @@ def whole_tokens(shape: LayerShape, config: Config, *, pools: bool) -> Traffic:
     tokens, dim = shape.slices * shape.tokens, shape.dim
     tiles = math.ceil(tokens / config.tokens)
     programs = min(tiles, shape.slices) if pools else 0
-    widths = value_widths(dim, max(1, config.tokens // shape.tokens))
+    side_by_side = config.tokens // max(16, 1 << (shape.tokens - 1).bit_length())
+    widths = value_widths(dim, max(1, side_by_side))
     values = tokens * dim * ITEMSIZE
     weights = (2 * tiles + programs) * dim * dim * ITEMSIZE
     read = sum(operands(config.tokens, width, dim, config.warps) for width in widths)

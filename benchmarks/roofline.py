@@ -5,7 +5,8 @@ the ceilings of an H100 or at those given. A kernel's time is the larger of its 
 a copy and its operations at the rate of a product: every tensor is counted once, as if whatever is
 read again came from a cache, and every operation runs on tensor cores. Where the rates of the L2
 and of shared memory are known too, the time is also at least what the products move there
-(:mod:`benchmarks.onchip`). All are bounds from below.
+(:mod:`benchmarks.onchip`): with the L2's rate, which is another program's and not a ceiling, an
+estimate, without it a bound from below.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class Work:
 def path_of(shape: LayerShape, itemsize: int) -> str:
     """``"short"``, ``"long"`` or ``"wide"``: the path that fits a shape of many slices or tokens.
 
-    The launchers also send a few slices of up to 1,024 tokens through ``"long"``, where a program
-    a slice would leave the GPU idle.
+    The launchers also send a few slices of up to 1,024 tokens through ``"long"``, and few tokens of
+    more than 256 channels through ``"wide"``, where a program a slice would leave the GPU idle.
     """
     if shape.dim > MOST_FUSED_CHANNELS[itemsize]:
         return "wide"

@@ -126,6 +126,7 @@ def test_every_kernel_in_small_tiles(
         (512, 1, 128, "wide"),  # a single tile of many channels is shared out
         (512, 63, 129, "wide"),
         (512, 64, 128, "short"),
+        (512, 64, 16, "wide"),  # eight tiles
         (512, 1, 64 * 128 - 1, "wide"),
         (512, 1, 64 * 128, "long"),
         (513, 256, 16, "wide"),
@@ -163,11 +164,54 @@ def test_tiles_of_the_table(shape: tuple[int, ...], device: torch.device) -> Non
 def test_contexts_of_many_slices_are_a_product(
     case: Case, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tile = configs.Config(128, 16, 4, 1)
-    monkeypatch.setattr(attention, "config_of", lambda *_: tile)
-    monkeypatch.setattr(attention, "path_of", lambda *_: "short")
-    forget_plans()
+    take_wide_tiles(monkeypatch)
     check_layer(separable_attention, case, dtype, device, backend="triton")
+
+
+def take_wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short slices from here on lie side by side in tiles of 128 rows."""
+    forget_plans()
+    monkeypatch.setattr(attention, "config_of", lambda *_: configs.Config(128, 16, 4, 1))
+    monkeypatch.setattr(attention, "path_of", lambda *_: "short")
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 24), (5, 30, 24), (9, 10, 24)], ids=name_of)
+def test_a_tile_of_fewer_slices_writes_nothing_beyond_them(
+    shape: tuple[int, ...], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the softmax takes slices one by one, too."""
+    take_wide_tiles(monkeypatch)
+    monkeypatch.setattr(attention, "POOL_ROWS", 16)
+    inputs = inputs_of(Case(shape), torch.float32, device)
+    guards: list[Tensor] = []
+    new_empty = Tensor.new_empty
+
+    def guarded(self: Tensor, size: Any, **options: Any) -> Tensor:
+        wanted = torch.Size(size if isinstance(size, (tuple, list)) else (size,))
+        memory = new_empty(self, wanted.numel() + 512, **options).fill_(7)
+        guards.append(memory[wanted.numel() :])
+        return memory[: wanted.numel()].view(wanted)
+
+    monkeypatch.setattr(Tensor, "new_empty", guarded)
+    attention.separable_attention(*call(inputs))
+    assert len(guards) >= 2 and all((guard == 7).all() for guard in guards)
+
+
+def test_contexts_larger_than_float16_by_dropout(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_wide_tiles(monkeypatch)
+    inputs = inputs_of(Case((9, 16, 24)), torch.float16, device)
+    inputs["x"] = torch.full_like(inputs["x"], 5e4)
+    inputs["qkv_weight"] = inputs["qkv_weight"].clone()
+    inputs["qkv_weight"][0] = 0  # equal weights
+    seed = torch.tensor([3], device=device)
+    _, _, statistics = attention.separable_attention(*call(inputs, seed=seed, dropout_p=0.5))
+    pooled, context, kept = statistics.double().split([24, 24, 1], dim=1)
+    assert pooled.max() > torch.finfo(torch.float16).max
+    key_weight, key_bias = inputs["qkv_weight"][1:25], inputs["qkv_bias"][1:25]
+    expected = pooled @ key_weight.double().T + kept * key_bias.double()
+    torch.testing.assert_close(context, expected, rtol=1e-4, atol=1e-4 * 5e4)
 
 
 @pytest.mark.parametrize("path", ["short", "long"])

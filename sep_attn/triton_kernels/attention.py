@@ -88,9 +88,9 @@ def path_of(
     """
     if channels > MOST_FUSED_CHANNELS[itemsize]:
         return "wide"
-    # One comparison: while a program is traced it is all that depends on the number of tokens.
-    if bands < SHORT_PROGRAMS and channels > MOST_LONE_CHANNELS:
-        return "long" if bands * tokens >= SHORT_PROGRAMS * tile_tokens else "wide"
+    # While a program is traced these comparisons are all that depends on the number of tokens.
+    if channels > MOST_LONE_CHANNELS and bands * tokens < SHORT_PROGRAMS * tile_tokens:
+        return "wide"
     most = max(tile_tokens, SHORT_TOKENS) if bands >= SHORT_PROGRAMS else tile_tokens
     return "short" if torch.sym_max(tokens, source_tokens) <= most else "long"
 

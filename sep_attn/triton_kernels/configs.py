@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import torch
 
-# Channels up to which a program holds whole tokens (x, and the sums of the output), by the size of
-# a value in bytes; above it products are cut along their columns and gated values pass through
-# memory. Without tensor cores 4 bytes a value leave room for so few tokens that reading the weights
-# would cost more than the pass saves.
+# Channels up to which a program holds whole tokens (gated values), by the size of a value in bytes;
+# above it products are cut along their columns and gated values pass through memory. Without tensor
+# cores 4 bytes a value leave room for so few tokens that reading the weights would cost more than
+# the pass saves.
 MOST_FUSED_CHANNELS = {2: 512, 4: 64}
 # The same for the backward that holds sums of both weights' gradients as well.
 MOST_FUSED_BACKWARD_CHANNELS = {2: 256, 4: 0}
@@ -27,6 +27,8 @@ MOST_FUSED_BACKWARD_CHANNELS = {2: 256, 4: 0}
 
 # Columns of the widest product that is one instruction of a tensor core.
 WIDEST_PRODUCT = 256
+# Slices of a tile from which on their contexts are one product.
+MANY_SLICES = 4
 # 32-bit registers of a multiprocessor, and threads of a warp, on NVIDIA's GPUs.
 REGISTERS, WARP = 65_536, 32
 
@@ -113,7 +115,7 @@ SM_90: Mapping[str, Rows] = {
     },
     "value_gate_output_fwd_kernel": _FUSED_SM_90,
     "token_product_kernel": {64: (128, 64, 4, 3), 384: (128, 128, 8, 3), None: (128, 256, 8, 3)},
-    "value_gate_bwd_kernel": {64: (128, 64, 8, 3), None: (128, 128, 16, 2)},
+    "value_gate_bwd_kernel": {None: (128, 64, 8, 3)},
     "value_gate_weights_bwd_kernel": {128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
     "weight_grad_kernel": {None: (64, 128, 8, 3)},
     "source_bwd_kernel": {
@@ -200,7 +202,8 @@ def chunk_widths(channels: int) -> tuple[int, ...]:
 def value_widths(channels: int, slices: int) -> tuple[int, ...]:
     """The pieces in which the values of a tile are made: at most as wide as one instruction of
     sm_90's tensor cores, and half of that where the contexts of many slices take registers too."""
-    widest = WIDEST_PRODUCT // (2 if slices > 2 and channels > WIDEST_PRODUCT else 1)
+    narrow = slices >= MANY_SLICES and channels > WIDEST_PRODUCT
+    widest = WIDEST_PRODUCT // 2 if narrow else WIDEST_PRODUCT
     return tuple(
         part
         for width in chunk_widths(channels)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sep_attn.triton_kernels.configs import WIDEST_PRODUCT
+from sep_attn.triton_kernels.configs import MANY_SLICES, WIDEST_PRODUCT
 from sep_attn.triton_kernels.gating import activate
 from sep_attn.triton_kernels.launch import VARYING, in_words, word_of
 from sep_attn.triton_kernels.products import gate_bwd_tile
@@ -39,6 +39,7 @@ from sep_attn.triton_kernels.tiles import (
     store_columns,
     store_values,
     tile_rows,
+    within_bands,
 )
 
 
@@ -118,8 +119,9 @@ def value_gate_output_tile(
     AT_ONCE: tl.constexpr = len(VALUE_CHUNKS) if sums_fit(VALUE_CHUNKS) else 1
     # ``zero`` and the second program index are always 0, which the compiler does not know. It then
     # works out anew what zero was added to, where it would keep more than there are registers; does
-    # not unroll the loops, which takes registers too; and makes the gated values where they are
-    # read for a branch, not, from all that they are made of, where the output needs them.
+    # not unroll the loops, which takes registers too; and makes the gated values at once, for a
+    # branch that is never taken reads them: else it would make them where the output needs them,
+    # and keep all that they are made of until then.
     no_channels = 0
     end = D + zero
     if len(VALUE_CHUNKS) > 1:
@@ -238,8 +240,7 @@ def value_gate_output_fwd_kernel(
     )
 
 
-# From so many slices a program on, their contexts are a product on tensor cores.
-FEW_SLICES = tl.constexpr(4)
+MANY = tl.constexpr(MANY_SLICES)
 
 
 @triton.jit
@@ -249,6 +250,7 @@ def context_products(
     qkv_bias_ptr,
     statistics_ptr,  # [S, 2 D + 1]: pooled | context | sum of the dropped weights
     slices,
+    kept,  # the share of weights that dropout keeps
     D: tl.constexpr,
     SLICES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -256,7 +258,8 @@ def context_products(
     BLOCK_K: tl.constexpr,
 ):
     # W_K xbar + sigma b_K for a program's slices. In half precision xbar is the sum of two values,
-    # so that nothing is lost that float32 would keep.
+    # a hundred times nearer to it than one. With dropout it can be larger than any x: ``kept``
+    # undoes that.
     EVEN_K: tl.constexpr = D % BLOCK_K == 0
     EVEN_E: tl.constexpr = D % BLOCK_E == 0
     ROWS: tl.constexpr = SLICES if SLICES > 16 else 16
@@ -267,8 +270,6 @@ def context_products(
     for first_e in range(0, D, BLOCK_E):
         e = first_e + tl.arange(0, BLOCK_E)  # [BLOCK_E]
         context = tl.zeros((ROWS, BLOCK_E), tl.float32)
-        if qkv_bias_ptr is not None:
-            context += weight_sums[:, None] * load_bias(qkv_bias_ptr + 1, e, D)[None, :]
         for first in tl.range(0, D, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K)  # [BLOCK_K]
             key_weight = load_weight(qkv_weight_ptr + D, e, k, D, EVEN_E, EVEN_K).T
@@ -277,12 +278,16 @@ def context_products(
                 mask=inside[:, None] & (k < D)[None, :],
                 other=0.0,
             )  # [ROWS, BLOCK_K]
+            pooled *= kept
             high = pooled.to(key_weight.dtype)
             context = tl.dot(high, key_weight, context, input_precision=PRECISION)
             if key_weight.dtype != tl.float32:
                 rest = pooled - high.to(tl.float32)
                 low = tl.where(rest == rest, rest, 0.0).to(key_weight.dtype)  # 0 beside infinity
                 context = tl.dot(low, key_weight, context, input_precision=PRECISION)
+        context /= kept
+        if qkv_bias_ptr is not None:
+            context += weight_sums[:, None] * load_bias(qkv_bias_ptr + 1, e, D)[None, :]
         tl.store(
             row_ptrs[:, None] + D + e[None, :], context, mask=inside[:, None] & (e < D)[None, :]
         )
@@ -348,6 +353,8 @@ def slice_fwd_kernel(
     ROWS: tl.constexpr = BLOCK_N // BANDS
     POOL_BANDS: tl.constexpr = BLOCK_P // ROWS if BLOCK_P > ROWS else 1
     POOL_SLICES: tl.constexpr = POOL_BANDS * GROUPS
+    # The last program may have fewer bands, which a tile of a single one does not ask.
+    LONE_BANDS: tl.constexpr = BANDS > 1 and POOL_BANDS == 1
     for part in range(0, BANDS // POOL_BANDS):
         i_part = pid * (BANDS // POOL_BANDS) + part
         i_slice = (i_part * POOL_SLICES + tl.arange(0, POOL_SLICES)).to(tl.int64)
@@ -355,6 +362,8 @@ def slice_fwd_kernel(
         pool = start_pool(CHUNKS, POOL_SLICES)
         for i_tile in tl.range(0, pool_tiles, num_stages=POOL_STAGES):
             tile = tile_rows(i_part * pool_tiles + i_tile, source_grid, POOL_BANDS, BLOCK_P)
+            if LONE_BANDS:
+                tile = within_bands(tile)
             pool = pool_tile(
                 pool,
                 tile,
@@ -395,18 +404,24 @@ def slice_fwd_kernel(
             row_divisor = spread_slices(divisor, POOL_BANDS, GROUPS, BLOCK_P)
             for i_tile in range(0, pool_tiles):
                 tile = tile_rows(i_part * pool_tiles + i_tile, source_grid, POOL_BANDS, BLOCK_P)
+                if LONE_BANDS:
+                    tile = within_bands(tile)
                 kept = load_kept(mask_ptr, mask_strides, tile, UNIFORM)
                 scores = load_values(weights_ptr, weights_strides, tile, UNIFORM, float("-inf"))
                 weights = tl.where(kept, tl.exp(scores - shift) / row_divisor, 0.0)
                 store_values(weights_ptr, weights_strides, tile, weights, UNIFORM)
 
-    if SLICES >= FEW_SLICES:
+    if SLICES >= MANY:
+        kept = 1.0
+        if seed_ptr is not None:
+            kept = tl.maximum(1.0 - dropout_p, 1e-6)
         context_products(
             first_slice,
             qkv_weight_ptr,
             qkv_bias_ptr,
             statistics_ptr,
             slices,
+            kept,
             D,
             SLICES,
             PRECISION,

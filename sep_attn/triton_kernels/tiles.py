@@ -101,6 +101,14 @@ def tile_rows(i_tile, grid, BANDS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def within_bands(tile):
+    # The same tile, with no row inside where there is no such band.
+    grid, i_tile, band, n, inside = tile
+    bands, _, _, _, _, _ = grid
+    return grid, i_tile, band, n, inside & (band < bands)
+
+
+@triton.jit
 def row_slices(tile, BANDS: tl.constexpr, GROUPS: tl.constexpr):
     # The first slice of the tile, and the slot of every row's slice, [BLOCK_N].
     grid, i_tile, _, n, _ = tile
