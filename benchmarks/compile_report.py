@@ -59,8 +59,8 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}  # by the bytes of a value
 BEYOND = 256
 SIDE_BY_SIDE = (16, 64)  # tokens of slices of which a tile holds several
 SHARES = 8  # of a target's kernels, each a process's work
-# Of a multiprocessor of sm_90; each program takes this much shared memory besides its own.
-REGISTERS, MEMORY, OVERHEAD = 65_536, 228 * 1024, 1024
+# Shared memory of a multiprocessor of sm_90, and what each program takes of it besides its own.
+MEMORY, OVERHEAD = 228 * 1024, 1024
 # Up to this D a program moves more than it multiplies: another is to multiply meanwhile.
 MOST_SIDE_BY_SIDE = 128
 
@@ -115,7 +115,8 @@ def layer_cases(target: str, channels: Sequence[int] = ()) -> Iterator[LayerCase
 def programs_side_by_side(row: Row) -> int:
     """How many programs of a kernel fit on a multiprocessor of sm_90."""
     warps = int(row["config"].split("warps=")[1].split()[0])
-    by_registers = REGISTERS // (math.ceil(row["registers"] / 8) * 8 * WARP["sm_90"] * warps)
+    threads = configs.WARP * warps
+    by_registers = configs.REGISTERS // (math.ceil(row["registers"] / 8) * 8 * threads)
     return min(by_registers, MEMORY // (row["shared_bytes"] + OVERHEAD))
 
 
@@ -133,7 +134,7 @@ def _has_words(config: str) -> bool:
 
 
 def _moves_most(row: Row) -> bool:
-    if row["kernel"] not in ("slice_fwd_kernel", "value_gate_output_fwd_kernel"):
+    if row["kernel"] not in configs.WHOLE_TOKEN_KERNELS:
         return False
     dim = re.search(r"D=(\d+)", row["config"])
     return dim is not None and int(dim[1]) <= MOST_SIDE_BY_SIDE
@@ -225,9 +226,9 @@ def broken_rules(rows: Iterable[Row]) -> list[str]:
     """What is wrong with a report, a line each; empty for a good one.
 
     On sm_90 nothing spills, every product in half precision runs on HGMMA, and up to D = 128 two
-    programs of the fused forward fit on a multiprocessor. On every target
-    shared memory is within a program's limit, and where tokens and tile have whole words of 16
-    bytes along the axis that is contiguous in memory, some load takes 16 bytes.
+    programs of the fused forward fit on a multiprocessor. On every target shared memory is within a
+    program's limit, and where tokens and tile have whole words of 16 bytes along the axis that is
+    contiguous in memory, some load takes 16 bytes.
     """
     broken = []
     for row in rows:

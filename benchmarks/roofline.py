@@ -187,9 +187,15 @@ def layer_seconds(shape: LayerShape, itemsize: int, rates: GpuRates, *, mode: st
     return math.fsum(work.seconds(rates) for work in layer_work(shape, itemsize, mode=mode))
 
 
+def forward_ratio(shape: LayerShape, itemsize: int, rates: GpuRates) -> float:
+    """How many times its floor a forward pass takes at these rates."""
+    seconds = layer_seconds(shape, itemsize, rates, mode="forward")
+    return seconds / forward_floor(shape, itemsize, rates)
+
+
 def rows(
     shapes: Sequence[LayerShape], itemsize: int, rates: GpuRates
-) -> list[dict[str, str | int | float]]:
+) -> list[dict[str, str | int | float | None]]:
     """A row for each launch at each shape and in each mode."""
     return [
         {
@@ -204,11 +210,12 @@ def rows(
             "operand megabytes": work.on_chip.operands / 1e6,
             "microseconds": work.seconds(rates) * 1e6,
             "bound": max(bounds, key=bounds.__getitem__),
+            "pass / floor": ratio,
         }
         for shape in shapes
-        for direction, launches in (
-            ("forward", forward_work(shape, itemsize)),
-            ("backward", backward_work(shape, itemsize)),
+        for direction, launches, ratio in (
+            ("forward", forward_work(shape, itemsize), forward_ratio(shape, itemsize, rates)),
+            ("backward", backward_work(shape, itemsize), None),
         )
         for work in with_traffic(launches, shape, itemsize)
         for bounds in [work.bounds(rates)]

@@ -54,8 +54,8 @@ WORKLOADS = {
 }
 POOL_KERNELS = ("score_pool_fwd_kernel", "source_bwd_kernel")  # their tiles hold every column
 POOL_VALUES = (1024, 16_384)  # of a tile, at least and at most
-# Their programs are tried two to a multiprocessor too, where Triton can limit the registers.
-WHOLE_TOKEN_KERNELS = ("slice_fwd_kernel", "value_gate_output_fwd_kernel")
+# Programs that hold whole tokens are tried two to a multiprocessor too, where Triton can limit the
+# registers.
 SIDE_BY_SIDE = torch.version.hip is None
 LEAST_VALUES = {8: 2048, 16: 16_384}  # of a tile, by warps
 
@@ -65,7 +65,7 @@ Winners = dict[int | None, Config]
 
 def reach(kernel: str, itemsize: int) -> int | None:
     """The largest D that the layer calls a kernel for; None where there is no such limit."""
-    if kernel in ("slice_fwd_kernel", "value_gate_output_fwd_kernel"):
+    if kernel in configs.WHOLE_TOKEN_KERNELS:
         return configs.MOST_FUSED_CHANNELS[itemsize]
     if kernel == "value_gate_weights_bwd_kernel":
         return configs.MOST_FUSED_BACKWARD_CHANNELS[itemsize]
@@ -99,7 +99,7 @@ def candidates(kernel: str, channels: int) -> list[Config]:
         if values[1] < 2 * max(16, channels)
         and (values[2] == 4 or values[0] * values[1] >= LEAST_VALUES[values[2]])
     ]
-    if kernel in WHOLE_TOKEN_KERNELS and SIDE_BY_SIDE:
+    if kernel in configs.WHOLE_TOKEN_KERNELS and SIDE_BY_SIDE:
         pairs = [config._replace(programs=2) for config in found if config.warps == 8]
         found += pairs
     return found

@@ -25,6 +25,8 @@ MOST_FUSED_CHANNELS = {2: 512, 4: 64}
 MOST_FUSED_BACKWARD_CHANNELS = {2: 256, 4: 0}
 
 
+# The forward kernels whose programs hold whole tokens.
+WHOLE_TOKEN_KERNELS = ("slice_fwd_kernel", "value_gate_output_fwd_kernel")
 # Columns of the widest product that is one instruction of a tensor core.
 WIDEST_PRODUCT = 256
 # Slices of a tile from which on their contexts are one product.

@@ -25,10 +25,10 @@ from sep_attn.triton_kernels.tiles import (
     chunk_channels,
     chunk_even,
     chunk_width,
-    gate_by_slice,
     load_bias,
     load_columns,
     load_kept,
+    load_slice_columns,
     load_tokens,
     load_values,
     load_weight,
@@ -155,10 +155,18 @@ def value_gate_output_tile(
         for i in tl.static_range(first_chunk, first_chunk + AT_ONCE):
             d = chunk_channels(VALUE_CHUNKS, i) + no_channels
             v = activate(sums[i - first_chunk] + load_bias(value_bias_ptr, d, D)[None, :], ACT)
-            v = gate_by_slice(
-                v, statistics_ptr + D, 2 * D + 1, first_slice, slots, slices, d, D, BANDS * GROUPS
+            context = load_slice_columns(
+                statistics_ptr + D,
+                2 * D + 1,
+                first_slice,
+                slots,
+                slices,
+                d,
+                D,
+                BANDS * GROUPS,
+                False,
             )
-            own = v.to(x_ptr.dtype.element_ty)
+            own = (v * context).to(x_ptr.dtype.element_ty)
             if zero != 0:
                 tl.store(statistics_ptr, tl.sum(own.to(tl.float32)))
             gated = gated + (own,)
@@ -250,7 +258,7 @@ def context_products(
     qkv_bias_ptr,
     statistics_ptr,  # [S, 2 D + 1]: pooled | context | sum of the dropped weights
     slices,
-    kept,  # the share of weights that dropout keeps
+    kept_share,  # the share of weights that dropout keeps
     D: tl.constexpr,
     SLICES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -258,8 +266,8 @@ def context_products(
     BLOCK_K: tl.constexpr,
 ):
     # W_K xbar + sigma b_K for a program's slices. In half precision xbar is the sum of two values,
-    # a hundred times nearer to it than one. With dropout it can be larger than any x: ``kept``
-    # undoes that.
+    # a hundred times nearer to it than one. With dropout it can be larger than any x:
+    # ``kept_share`` undoes that.
     EVEN_K: tl.constexpr = D % BLOCK_K == 0
     EVEN_E: tl.constexpr = D % BLOCK_E == 0
     ROWS: tl.constexpr = SLICES if SLICES > 16 else 16
@@ -278,14 +286,14 @@ def context_products(
                 mask=inside[:, None] & (k < D)[None, :],
                 other=0.0,
             )  # [ROWS, BLOCK_K]
-            pooled *= kept
+            pooled *= kept_share
             high = pooled.to(key_weight.dtype)
             context = tl.dot(high, key_weight, context, input_precision=PRECISION)
             if key_weight.dtype != tl.float32:
                 rest = pooled - high.to(tl.float32)
                 low = tl.where(rest == rest, rest, 0.0).to(key_weight.dtype)  # 0 beside infinity
                 context = tl.dot(low, key_weight, context, input_precision=PRECISION)
-        context /= kept
+        context /= kept_share
         if qkv_bias_ptr is not None:
             context += weight_sums[:, None] * load_bias(qkv_bias_ptr + 1, e, D)[None, :]
         tl.store(
@@ -412,16 +420,16 @@ def slice_fwd_kernel(
                 store_values(weights_ptr, weights_strides, tile, weights, UNIFORM)
 
     if SLICES >= MANY:
-        kept = 1.0
+        kept_share = 1.0
         if seed_ptr is not None:
-            kept = tl.maximum(1.0 - dropout_p, 1e-6)
+            kept_share = tl.maximum(1.0 - dropout_p, 1e-6)
         context_products(
             first_slice,
             qkv_weight_ptr,
             qkv_bias_ptr,
             statistics_ptr,
             slices,
-            kept,
+            kept_share,
             D,
             SLICES,
             PRECISION,

@@ -20,7 +20,6 @@ from sep_attn.triton_kernels.gating import activate
 from sep_attn.triton_kernels.launch import VARYING, in_words
 from sep_attn.triton_kernels.tiles import (
     draw_dropout,
-    gate_by_slice,
     load_bias,
     load_columns,
     load_slice_columns,
@@ -96,9 +95,8 @@ def token_product_kernel(
         acc += load_bias(bias_ptr, e, D)[None, :]
     first_slice, slots = row_slices(tile, BANDS, GROUPS)
     if EPILOGUE == "gate":
-        acc = activate(acc, ACT)
-        acc = gate_by_slice(
-            acc, slice_ptr, row_size, first_slice, slots, slices, e, D, BANDS * GROUPS
+        acc = activate(acc, ACT) * load_slice_columns(
+            slice_ptr, row_size, first_slice, slots, slices, e, D, BANDS * GROUPS, False
         )
     if EPILOGUE == "pool":
         weights = load_values(weights_ptr, weights_strides, tile, UNIFORM)  # [BLOCK_N]

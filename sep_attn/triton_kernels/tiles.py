@@ -351,28 +351,6 @@ def load_slice_columns(
 
 
 @triton.jit
-def gate_by_slice(
-    values,  # [BLOCK_N, WIDTH]
-    ptr,  # [S, row_size]
-    row_size,
-    first_slice,
-    slots,  # [BLOCK_N]
-    slices,
-    d,  # [WIDTH]
-    D: tl.constexpr,
-    SLICES: tl.constexpr,
-):
-    # Every row times its slice's, one slice after another: side by side they take registers.
-    if SLICES == 1:
-        row = tl.load(ptr + first_slice.to(tl.int64) * row_size + d, mask=d < D, other=0.0)
-        return values * row[None, :]
-    else:
-        return values * load_slice_columns(
-            ptr, row_size, first_slice, slots, slices, d, D, SLICES, False
-        )
-
-
-@triton.jit
 def draw_dropout(seed_ptr, dropout_p, band, n):
     # What attention dropout multiplies the weights of these tokens by: 0 or 1 / (1 - dropout_p).
     # Philox, counted by token and band: every kernel of a call draws the same.
