@@ -6,6 +6,7 @@ import functools
 import warnings
 
 import torch
+from torch.autograd import forward_ad
 
 from sep_attn import native, triton_kernels
 from sep_attn.validation import BACKENDS
@@ -27,6 +28,15 @@ def unavailable_reason(backend: str, device: torch.device, dtype: torch.dtype) -
     return native.unavailable_reason()
 
 
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` or a forward-mode derivative is under way. Kernels see
+    neither a batch that ``vmap`` hides nor a tangent, which would be lost without a word."""
+    return forward_ad._current_level >= 0 or _innermost_transform() is not None
+
+
 @functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=5)
@@ -34,18 +44,26 @@ def _warn_once(message: str) -> None:
 
 @torch.compiler.assume_constant_result
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Returns the backend that serves a call: "native", "triton" or "reference".
+    """Returns the backend that serves a call: "native", "triton", "reference" or "pooled".
 
     ``"auto"`` takes the C++ kernels for CPU tensors and Triton for any other device, and falls back
     to the reference with one warning that names the cause. During ``torch.onnx.export`` every
     backend but the reference gives way to "pooled", the kernels' computation in PyTorch's own
-    operators, since an ONNX file can hold no others.
+    operators, since an ONNX file can hold no others; and so does ``"auto"`` within a transform of
+    ``torch.func`` and for a forward-mode derivative, which only those operators know.
 
     Raises:
         RuntimeError: a backend named by hand cannot serve the call; the message says why.
     """
     if backend != "reference" and torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         return "pooled"
+    if is_transformed() and backend != "reference":
+        if backend == "auto":
+            return "pooled"
+        raise RuntimeError(
+            f'backend="{backend}" cannot serve a transform of torch.func or a forward-mode '
+            "derivative: its kernels know neither. Usable here: auto, reference"
+        )
     if backend != "auto":
         reason = unavailable_reason(backend, device, dtype)
         if reason is not None:

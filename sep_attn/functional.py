@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sep_attn import ops, pooled, reference
-from sep_attn.backends import resolve
+from sep_attn.backends import is_transformed, resolve
 from sep_attn.layout import default_patch_size, token_shape
 from sep_attn.packed_weights import PackedWeights
 from sep_attn.validation import (
@@ -131,7 +131,8 @@ def separable_attention(
         if chosen == "triton" and x.dtype == torch.float64:
             out, weights = _pooled_form(*arguments)
         elif (differentiated := _differentiated(tensors)) or need_weights:
-            kept = () if chosen == "triton" else (differentiated,)
+            # Only the C++ kernels keep values for the backward pass.
+            kept = () if chosen == "triton" else (differentiated and chosen == "native",)
             out, weights, *_ = ops.separable_attention(chosen, *arguments, *kept)
         else:
             return ops.separable_attention_inference(chosen, *arguments)
@@ -162,8 +163,9 @@ def shortest_way(
 
     Returns:
         The output, or None when the call cannot be served: another backend was named, a tensor is
-        not a plain CPU tensor, autocast or a compiler is at work, a projection is parametrised, or
-        an argument does not fit. :func:`separable_attention` then serves it or says what is wrong.
+        not a plain CPU tensor, autocast, a compiler or a transform is at work, a projection is
+        parametrised, or an argument does not fit. :func:`separable_attention` then serves it or
+        says what is wrong.
     """
     differentiated = torch.is_grad_enabled()
     if (
@@ -173,6 +175,7 @@ def shortest_way(
         or not x.is_cpu
         or torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
+        or is_transformed()
     ):
         return None
     try:

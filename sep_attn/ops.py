@@ -124,19 +124,14 @@ def _differentiate(
 
 
 # The same formulas for calls from Python: torch.library's way to a formula, and autograd's to one
-# with a setup_context, take about 100 microseconds a call. Compilers and function transforms, which
-# need them, go through the operator.
+# with a setup_context, take about 100 microseconds a call. Compilers, which need them, go through
+# the operator.
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
 
 def _call(name: str, backend: str, args: tuple[Any, ...]) -> Any:
     function = _FUNCTIONS.get(f"{name}_{backend}")
-    if (
-        function is None
-        or not torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if function is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _operator(name, backend)(*args)
     return function.apply(*args)
 
