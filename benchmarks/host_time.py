@@ -25,7 +25,7 @@ from benchmarks import report
 from benchmarks.gpu_tables import LATENCY_SHAPE, host_microseconds
 from benchmarks.machine_code import TARGET, LaunchNothing, QuietDriver
 from sep_attn import SeparableAttention, functional, ops, triton_kernels
-from sep_attn.triton_kernels import attention
+from sep_attn.triton_kernels import attention, launch
 
 WARM_UP = 200
 BATCHES = (1, 64)  # a long slice, and short ones
@@ -38,6 +38,7 @@ def launching_nothing() -> Iterator[None]:
     with (
         mock.patch.object(triton_kernels, "unavailable_reason", lambda _: None),
         mock.patch.object(attention, "architecture", lambda _: TARGET),
+        mock.patch.object(launch, "current_stream", lambda _: 0),
     ):
         yield
 
@@ -49,9 +50,17 @@ def calls(batch: int) -> dict[str, Callable[[], object]]:
     x = torch.zeros(batch, LATENCY_SHAPE.tokens, LATENCY_SHAPE.dim, dtype=torch.bfloat16)
     arguments = (x, None, *weights, None, None, 0.0, "relu", 1, 1)
 
+    gradient, wanted = torch.zeros_like(x), list(module.parameters())
+
     def training(x: Tensor) -> Tensor:
         with torch.enable_grad():
             return module(x)
+
+    def step(x: Tensor) -> tuple[Tensor, ...]:
+        x.requires_grad_()
+        gradients = torch.autograd.grad(training(x), [x, *wanted], gradient)
+        x.requires_grad_(False)
+        return gradients
 
     return {
         "module": partial(module, x),
@@ -59,6 +68,7 @@ def calls(batch: int) -> dict[str, Callable[[], object]]:
         "operator": partial(ops.separable_attention_inference, "triton", *arguments),
         "launcher": partial(triton_kernels.separable_attention_inference, *arguments),
         "module, with gradients": partial(training, x),
+        "module, forward and backward": partial(step, x),
     }
 
 

@@ -37,6 +37,16 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or _innermost_transform() is not None
 
 
+def is_observed() -> bool:
+    """Whether something looks at operators as they are called: a dispatch mode (fake tensors, FLOP
+    counters), a profiler or torch.jit's tracer."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+    )
+
+
 @functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=5)

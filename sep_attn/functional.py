@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from sep_attn import ops, pooled, reference
-from sep_attn.backends import is_transformed, resolve
+from sep_attn import ops, pooled, reference, triton_kernels
+from sep_attn.backends import is_observed, is_transformed, resolve, unavailable_reason
 from sep_attn.layout import default_patch_size, token_shape
 from sep_attn.packed_weights import PackedWeights
 from sep_attn.validation import (
@@ -150,7 +150,7 @@ def shortest_way(
 ) -> Tensor | None:
     """The shortest way through :func:`separable_attention`, for calls of a layer from Python.
 
-    One operator checks the arguments and computes. It has no dropout, mask or ``x_prev``.
+    It has no dropout, mask or ``x_prev``.
 
     Args:
         x: the layer's input.
@@ -162,26 +162,42 @@ def shortest_way(
         packed: where weights are kept packed while no gradient is wanted; None in training.
 
     Returns:
-        The output, or None when the call cannot be served: another backend was named, a tensor is
-        not a plain CPU tensor, autocast, a compiler or a transform is at work, a projection is
-        parametrised, or an argument does not fit. :func:`separable_attention` then serves it or
-        says what is wrong.
+        The output, or None when the call cannot be served: the reference was named, a tensor is not
+        a plain one, autocast, a compiler or a transform is at work, a projection is parametrised,
+        or an argument does not fit. :func:`separable_attention` then serves it or says what is
+        wrong.
     """
-    differentiated = torch.is_grad_enabled()
-    if (
-        backend not in ("auto", "native")
-        or (packed is None and not differentiated)
-        or type(x) is not Tensor
-        or not x.is_cpu
-        or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
-        or is_transformed()
-    ):
+    if type(x) is not Tensor or torch.compiler.is_compiling() or is_transformed():
         return None
     try:
         qkv_weight, qkv_bias = qkv_proj["weight"], qkv_proj["bias"]
         out_weight, out_bias = out_proj["weight"], out_proj["bias"]
-        tensors = (x, qkv_weight, qkv_bias, out_weight, out_bias)
+    except KeyError:  # a parametrisation holds the weight
+        return None
+    tensors = (x, qkv_weight, qkv_bias, out_weight, out_bias)
+    if x.is_cpu and backend in ("auto", "native"):
+        return _shortest_native_way(tensors, value_act, patch_size, packed)
+    if backend == "triton" or (backend == "auto" and (x.is_cuda or x.is_xpu)):
+        return _shortest_triton_way(tensors, value_act, patch_size)
+    return None
+
+
+# x, qkv_weight, qkv_bias, out_weight, out_bias
+_LayerTensors = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
+
+
+def _shortest_native_way(
+    tensors: _LayerTensors,
+    value_act: str,
+    patch_size: tuple[int, int] | None,
+    packed: PackedWeights | None,
+) -> Tensor | None:
+    """One operator checks the arguments and computes."""
+    x, qkv_weight, _, out_weight, _ = tensors
+    differentiated = torch.is_grad_enabled()
+    if (packed is None and not differentiated) or torch.is_autocast_enabled("cpu"):
+        return None
+    try:
         if differentiated and (qkv_weight.requires_grad or _differentiated(tensors)):
             if (
                 type(qkv_weight) is not Parameter
@@ -191,7 +207,7 @@ def shortest_way(
             ):
                 return None
             patch_h, patch_w = patch_size or default_patch_size(x)
-            return ops.self_attention(*tensors, value_act, patch_h, patch_w)
+            return ops.native_self_attention(*tensors, value_act, patch_h, patch_w)
         if packed is None:
             return None
         patch_h, patch_w = patch_size or (0, 0)
@@ -202,12 +218,76 @@ def shortest_way(
             patch_h,
             patch_w,
         )
-    except KeyError:  # a parametrisation holds the weight
-        return None
     except (IndexError, ValueError):  # a rank, and the kernels' checks of shapes and dtypes
         return None
     except RuntimeError:  # PyTorch's own: no tensor, another device; or there are no kernels
         return None
+
+
+_PLAIN = {Parameter, Tensor, type(None)}
+# What was checked of calls that Triton served, and the patch that goes with it.
+_CHECKED: dict[tuple[Any, ...], tuple[int, int]] = {}
+_MOST_CHECKED = 1024
+
+
+def _shortest_triton_way(
+    tensors: _LayerTensors, value_act: str, patch_size: tuple[int, int] | None
+) -> Tensor | None:
+    """The launchers are called at once, without the operator, and arguments checked once for all
+    calls of a kind: both take as long as a small layer's kernels."""
+    x = tensors[0]
+    if (
+        x.dtype == torch.float64
+        or torch.is_autocast_enabled(x.device.type)
+        or is_observed()
+        or not _PLAIN.issuperset(map(type, tensors))
+    ):
+        return None
+    kind = (
+        value_act,
+        patch_size,
+        *[
+            None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+            for tensor in tensors
+        ],
+    )
+    patch = _CHECKED.get(kind)
+    if patch is None:
+        patch = _check_for_triton(tensors, value_act, patch_size)
+        if patch is None:
+            return None
+        if len(_CHECKED) >= _MOST_CHECKED:
+            _CHECKED.clear()
+        _CHECKED[kind] = patch
+    if _differentiated(tensors):
+        return ops.triton_self_attention(*tensors, 0.0, value_act, *patch)
+    others = (None, None, 0.0, value_act, *patch)  # no mask and no dropout
+    return triton_kernels.separable_attention_inference(x, None, *tensors[1:], *others)
+
+
+def _check_for_triton(
+    tensors: _LayerTensors, value_act: str, patch_size: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """The patch of a call that fits and that Triton can serve, else None."""
+    x, qkv_weight, qkv_bias, out_weight, out_bias = tensors
+    if qkv_weight is None or out_weight is None:
+        return None
+    try:
+        patch = check_separable_attention(
+            x,
+            qkv_weight.flatten(1),  # also of a 1 x 1 convolution
+            qkv_bias,
+            out_weight.flatten(1),
+            out_bias,
+            x_prev=None,
+            key_padding_mask=None,
+            dropout_p=0.0,
+            value_act=value_act,
+            patch_size=patch_size,
+        )
+    except (IndexError, TypeError, ValueError):
+        return None
+    return patch if unavailable_reason("triton", x.device, x.dtype) is None else None
 
 
 def _differentiated(tensors: Iterable[Tensor | None]) -> bool:

@@ -45,6 +45,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from sep_attn import pooled, reference, triton_kernels
+from sep_attn.backends import is_observed
 from sep_attn.layout import (
     accumulate_dtype,
     keeps_values,
@@ -521,54 +522,101 @@ def separable_attention(backend: str, *args: Any) -> tuple[Tensor, Tensor, Tenso
 
 # The calls that come here are the shortest: not even OpOverload.__call__ stands between.
 separable_attention_packed = _operator("separable_attention_packed", "native")._op
-_self_attention = _operator("separable_attention", "native")._op
-_self_attention_backward = _operator("separable_attention_backward", "native")
+
+# ``separable_attention`` where nothing is optional but the biases: what the general formulas ask of
+# every argument costs as much as a small layer's kernels.
 
 
-class _SelfAttention(torch.autograd.Function):
-    """``separable_attention_native`` and its formula where nothing is optional but the biases: what
-    the general ones ask of every argument costs as much as a small layer's kernels."""
+def _native_self_attention(*arguments: Any) -> tuple[Tensor, ...]:
+    results: tuple[Tensor, ...] = _operator("separable_attention", "native")._op(*arguments, True)
+    return results
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        qkv_weight: Tensor,
-        qkv_bias: Tensor | None,
-        out_weight: Tensor,
-        out_bias: Tensor | None,
-        *options: Any,
-    ) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, weights, statistics, values = _self_attention(
-                x, None, qkv_weight, qkv_bias, out_weight, out_bias, None, None, *options, True
-            )
-        ctx.options = options
-        ctx.save_for_backward(x, qkv_weight, qkv_bias, out_weight, weights, statistics, values)
-        return out
 
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, qkv_weight, qkv_bias, out_weight, *saved = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        options = (*ctx.options, needed[0], True in needed[1:])
-        arguments = (grad_out, None, x, None, qkv_weight, qkv_bias, out_weight, None)
-        if torch.is_grad_enabled():  # for a second derivative, which the operator refuses
-            grads = _self_attention_backward(*arguments, *saved, *options)
-        else:
+def _native_self_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    operator = _operator("separable_attention_backward", "native")
+    if torch.is_grad_enabled():  # for a second derivative, which the operator refuses
+        return operator(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator._op(*arguments)
+
+
+def _triton_self_attention(
+    x: Tensor,
+    x_prev: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    out_weight: Tensor,
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    tensors = (x, x_prev, _matrix(qkv_weight), qkv_bias, _matrix(out_weight))
+    return triton_kernels.separable_attention(*tensors, *others)
+
+
+def _triton_self_attention_backward(
+    grad_out: Tensor,
+    grad_weights: Tensor | None,
+    x: Tensor,
+    x_prev: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    out_weight: Tensor,
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    tensors = (grad_out, grad_weights, x, x_prev, _matrix(qkv_weight), qkv_bias)
+    arguments = (*tensors, _matrix(out_weight), *others)
+    operator = _operator("separable_attention_backward", "triton")
+    if torch.is_grad_enabled():  # for a second derivative, which the operator refuses
+        return operator(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        if is_observed() or not torch._C._has_storage(grad_out):  # gradients batched by vmap
+            return operator(*arguments)
+        return triton_kernels.separable_attention_backward(*arguments)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    return weight if weight.dim() == 2 else weight.flatten(1)  # of a 1 x 1 convolution
+
+
+def _self_attention_function(
+    forward_call: Callable[..., Any], backward_call: Callable[..., Any]
+) -> Callable[..., Tensor]:
+    class SelfAttention(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any,
+            x: Tensor,
+            qkv_weight: Tensor,
+            qkv_bias: Tensor | None,
+            out_weight: Tensor,
+            out_bias: Tensor | None,
+            *options: Any,
+        ) -> Tensor:
             with torch._C._AutoDispatchBelowAutograd():
-                grads = _self_attention_backward._op(*arguments, *saved, *options)
-        grad_x, _, grad_qkv_weight, grad_qkv_bias, grad_out_weight, grad_out_bias = grads
-        return (
-            grad_x if needed[0] else None,
-            _shaped_as(qkv_weight, grad_qkv_weight) if needed[1] else None,
-            grad_qkv_bias if needed[2] else None,
-            _shaped_as(out_weight, grad_out_weight) if needed[3] else None,
-            grad_out_bias if needed[4] else None,
-            None,
-            None,
-            None,
-        )
+                out, *kept = forward_call(
+                    x, None, qkv_weight, qkv_bias, out_weight, out_bias, None, None, *options
+                )
+            ctx.options = options
+            ctx.save_for_backward(x, qkv_weight, qkv_bias, out_weight, *kept)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+            x, qkv_weight, qkv_bias, out_weight, *kept = ctx.saved_tensors
+            needed, options = ctx.needs_input_grad, ctx.options
+            tensors = (grad_out, None, x, None, qkv_weight, qkv_bias, out_weight, None, *kept)
+            grads = backward_call(*tensors, *options, needed[0], True in needed[1:])
+            grad_x, _, grad_qkv_weight, grad_qkv_bias, grad_out_weight, grad_out_bias = grads
+            return (
+                grad_x if needed[0] else None,
+                _shaped_as(qkv_weight, grad_qkv_weight) if needed[1] else None,
+                grad_qkv_bias if needed[2] else None,
+                _shaped_as(out_weight, grad_out_weight) if needed[3] else None,
+                grad_out_bias if needed[4] else None,
+                *(None,) * len(options),
+            )
+
+    apply: Callable[..., Tensor] = SelfAttention.apply
+    return apply
 
 
 def _shaped_as(weight: Tensor, grad: Tensor) -> Tensor:
@@ -576,7 +624,13 @@ def _shaped_as(weight: Tensor, grad: Tensor) -> Tensor:
 
 
 # x, qkv_weight, qkv_bias, out_weight, out_bias, act, patch_h, patch_w -> out
-self_attention = _SelfAttention.apply
+native_self_attention = _self_attention_function(
+    _native_self_attention, _native_self_attention_backward
+)
+# The same, with dropout_p, which is 0.0, before act.
+triton_self_attention = _self_attention_function(
+    _triton_self_attention, _triton_self_attention_backward
+)
 
 
 def separable_attention_inference(backend: str, *args: Any) -> Tensor:

@@ -1,5 +1,5 @@
-"""The short way to the C++ kernels with gradients: what takes it, what does not, and that it gives
-bit for bit what the long way gives."""
+"""The short way to the kernels with gradients: what takes it, what does not, and that it gives bit
+for bit what the long way gives."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_layer import backend_or_skip
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import models
 from sep_attn import SeparableAttention, functional, module
@@ -18,12 +19,18 @@ from sep_attn import SeparableAttention, functional, module
 DIM = 16
 patch_module = importlib.import_module("sep_attn.patch")  # the package names the function so
 
-pytestmark = pytest.mark.usefixtures("native")
+
+@pytest.fixture(params=["native", "triton"], autouse=True)
+def backend(request: pytest.FixtureRequest) -> str:
+    """What serves a layer of these tests, on the CPU: Triton in its interpreter."""
+    name: str = request.param
+    backend_or_skip(name, torch.device("cpu"), torch.float32)
+    return name
 
 
 @pytest.fixture
-def native() -> None:
-    backend_or_skip("native", torch.device("cpu"), torch.float32)
+def layer(backend: str) -> SeparableAttention:
+    return SeparableAttention(DIM, backend=backend)
 
 
 @pytest.fixture
@@ -65,10 +72,16 @@ def test_same_bits_as_the_long_way(
     dtype: torch.dtype,
     bias: bool,
     mode: bool,
+    backend: str,
     ways: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    layer = SeparableAttention(DIM, bias=bias, patch_size=patch_size, dtype=dtype).train(mode)
+    if backend == "triton" and (dtype != torch.float32 or not mode):
+        pytest.skip(
+            "float64 takes the long way, bfloat16 is the compiled kernels', eval is as train"
+        )
+    options = {"bias": bias, "patch_size": patch_size, "dtype": dtype, "backend": backend}
+    layer = SeparableAttention(DIM, **options).train(mode)
     x = torch.randn(shape, dtype=dtype, requires_grad=True)
     gradient = torch.randn(shape, dtype=dtype)
     short = gradients(layer, x, gradient)
@@ -79,8 +92,7 @@ def test_same_bits_as_the_long_way(
         assert torch.equal(ours, expected)
 
 
-def test_gradients_of_what_is_not_frozen(ways: list[str]) -> None:
-    layer = SeparableAttention(DIM)
+def test_gradients_of_what_is_not_frozen(layer: SeparableAttention, ways: list[str]) -> None:
     x = torch.randn(2, 10, DIM, requires_grad=True)
     gradient = torch.randn(2, 10, DIM)
     wanted = dict(
@@ -97,8 +109,7 @@ def test_gradients_of_what_is_not_frozen(ways: list[str]) -> None:
     assert ways == ["short"] * 6
 
 
-def test_strides_of_the_gradient(ways: list[str]) -> None:
-    layer = SeparableAttention(DIM)
+def test_strides_of_the_gradient(layer: SeparableAttention, ways: list[str]) -> None:
     x = torch.randn(2, 10, DIM, requires_grad=True)
     layer(x).sum().backward()  # a gradient of stride 0
     summed = x.grad
@@ -106,8 +117,8 @@ def test_strides_of_the_gradient(ways: list[str]) -> None:
     assert ways == ["short"] * 2 and torch.equal(summed, expected)
 
 
-def test_projection_dropout(ways: list[str]) -> None:
-    layer = SeparableAttention(DIM, proj_drop=0.5)
+def test_projection_dropout(layer: SeparableAttention, ways: list[str]) -> None:
+    layer.proj_drop.p = 0.5
     x = torch.randn(2, 10, DIM, requires_grad=True)
     torch.manual_seed(0)
     out = layer(x)
@@ -127,12 +138,10 @@ def _autocast(layer: SeparableAttention, x: Tensor) -> None:
 
 
 LONG: dict[str, Callable[[SeparableAttention, Tensor], object]] = {
-    "no tensor wants a gradient": lambda layer, x: layer.requires_grad_(False)(x.detach()),
     "attention dropout": lambda layer, x: setattr(layer.attn_drop, "p", 0.5) or layer(x),
     "x_prev": lambda layer, x: layer(x, torch.randn(2, 7, DIM)),
     "mask": lambda layer, x: layer(x, key_padding_mask=torch.zeros(2, 10, dtype=torch.bool)),
     "need_weights": lambda layer, x: layer(x, need_weights=True),
-    "empty batch": lambda layer, x: layer(x[:0]),
     "autocast": _autocast,
     "subclass": lambda layer, x: layer(x.detach().as_subclass(_Subclass)),
     "parametrization": lambda layer, x: (
@@ -142,9 +151,18 @@ LONG: dict[str, Callable[[SeparableAttention, Tensor], object]] = {
 
 
 @pytest.mark.parametrize("case", LONG)
-def test_takes_the_long_way(case: str, ways: list[str]) -> None:
-    LONG[case](SeparableAttention(DIM), torch.randn(2, 10, DIM, requires_grad=True))
+def test_takes_the_long_way(case: str, layer: SeparableAttention, ways: list[str]) -> None:
+    LONG[case](layer, torch.randn(2, 10, DIM, requires_grad=True))
     assert ways == ["long"]
+
+
+def test_nothing_to_differentiate_in_training(
+    layer: SeparableAttention, backend: str, ways: list[str]
+) -> None:
+    layer(torch.randn(0, 10, DIM, requires_grad=True))
+    layer.requires_grad_(False)(torch.randn(2, 10, DIM))
+    # The C++ kernels keep no packed weights in training, without which their operator is as fast.
+    assert ways == ["long" if backend == "native" else "short"] * 2
 
 
 BAD: dict[str, tuple[Callable[[], Tensor], int | None]] = {
@@ -158,8 +176,7 @@ BAD: dict[str, tuple[Callable[[], Tensor], int | None]] = {
 }
 
 
-def test_a_parameter_on_meta_is_refused(ways: list[str]) -> None:
-    layer = SeparableAttention(DIM)
+def test_a_parameter_on_meta_is_refused(layer: SeparableAttention, ways: list[str]) -> None:
     layer.out_proj.to("meta")
     with pytest.raises(ValueError, match="meta"):
         layer(torch.randn(2, 10, DIM))
@@ -168,10 +185,10 @@ def test_a_parameter_on_meta_is_refused(ways: list[str]) -> None:
 
 @pytest.mark.parametrize("case", BAD)
 def test_errors_are_those_of_the_long_way(
-    case: str, ways: list[str], monkeypatch: pytest.MonkeyPatch
+    case: str, backend: str, ways: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, patch_size = BAD[case]
-    layer, x = SeparableAttention(DIM, patch_size=patch_size), make()
+    layer, x = SeparableAttention(DIM, patch_size=patch_size, backend=backend), make()
     with pytest.raises((TypeError, ValueError)) as with_short_way:
         layer(x)
     monkeypatch.setattr(module, "shortest_way", lambda *_: None)
@@ -181,8 +198,7 @@ def test_errors_are_those_of_the_long_way(
     assert str(with_short_way.value) == str(without.value)
 
 
-def test_a_second_derivative_is_refused(ways: list[str]) -> None:
-    layer = SeparableAttention(DIM)
+def test_a_second_derivative_is_refused(layer: SeparableAttention, ways: list[str]) -> None:
     x = torch.randn(2, 10, DIM, requires_grad=True)
     (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
@@ -191,8 +207,9 @@ def test_a_second_derivative_is_refused(ways: list[str]) -> None:
 
 
 @pytest.mark.parametrize("changed", ["x", "qkv_proj.weight", "out_proj.weight"])
-def test_a_change_before_backward_is_noticed(changed: str, ways: list[str]) -> None:
-    layer = SeparableAttention(DIM)
+def test_a_change_before_backward_is_noticed(
+    changed: str, layer: SeparableAttention, ways: list[str]
+) -> None:
     x = torch.randn(2, 10, DIM)
     out = layer(x)
     with torch.no_grad():
@@ -202,8 +219,7 @@ def test_a_change_before_backward_is_noticed(changed: str, ways: list[str]) -> N
     assert ways == ["short"]
 
 
-def test_saved_tensors_can_be_packed(ways: list[str]) -> None:
-    layer = SeparableAttention(DIM)
+def test_saved_tensors_can_be_packed(layer: SeparableAttention, ways: list[str]) -> None:
     x = torch.randn(2, 10, DIM, requires_grad=True)
     gradient = torch.randn(2, 10, DIM)
     expected = gradients(layer, x, gradient)
@@ -219,10 +235,10 @@ def test_saved_tensors_can_be_packed(ways: list[str]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_patched_layers_take_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patched_layers_take_it_too(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     timm_layer = models.timm_attention(DIM)
     layer = copy.deepcopy(timm_layer)
-    patch_module.patch(layer)
+    patch_module.patch(layer, backend=backend)
     x = torch.randn(2, DIM, 4, 9, requires_grad=True)
     gradient = torch.randn(2, DIM, 4, 9)
     taken: list[bool] = []
@@ -240,3 +256,44 @@ def test_patched_layers_take_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     for ours, theirs in zip(got, gradients(timm_layer, x, gradient), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_a_batch_of_gradients(layer: SeparableAttention, ways: list[str]) -> None:
+    x = torch.randn(2, 10, DIM, requires_grad=True)
+    out, batch = layer(x), torch.randn(3, 2, 10, DIM)
+    (together,) = torch.autograd.grad(out, x, batch, is_grads_batched=True, retain_graph=True)
+    for gradient, got in zip(batch, together, strict=True):
+        (expected,) = torch.autograd.grad(out, x, gradient, retain_graph=True)
+        assert torch.equal(got, expected)
+    assert ways == ["short"]
+
+
+def test_triton_without_gradients_gives_the_same_bits(
+    layer: SeparableAttention, backend: str, ways: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "native":
+        pytest.skip("tests/test_packed_weights.py")
+    x = torch.randn(2, 10, DIM)
+    with torch.no_grad():
+        short = [layer(x), layer.eval()(x), layer(x[:, ::2])]
+        monkeypatch.setattr(module, "shortest_way", lambda *_: None)
+        long = [layer(x), layer(x), layer(x[:, ::2])]
+    assert ways == ["short"] * 3 + ["long"] * 3
+    assert all(torch.equal(a, b) for a, b in zip(short, long, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_who_looks_at_operators_sees_them(
+    layer: SeparableAttention, backend: str, ways: list[str]
+) -> None:
+    x = torch.randn(2, 10, DIM)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            layer.eval()(x)
+        with torch.profiler.profile() as profile:
+            layer(x)
+        traced = torch.jit.trace(layer, x, check_trace=False)
+    assert counter.get_total_flops() > 0
+    assert any("sep_attn::separable_attention" in event.name for event in profile.events())
+    assert "sep_attn::separable_attention" in str(traced.inlined_graph)
+    assert ways == ["long" if backend == "triton" else "short"] * len(ways)

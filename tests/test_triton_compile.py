@@ -198,7 +198,8 @@ import torch
 from benchmarks.machine_code import LaunchNothing, QuietDriver
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from sep_attn.triton_kernels import attention, pooling
+from triton import knobs
+from sep_attn.triton_kernels import attention, launch, pooling
 
 launched, through_triton = [], []
 
@@ -225,13 +226,23 @@ def call(x):
     attention.separable_attention(x, None, *weights, *out, None, None, 0.0, "relu", 1, 1)
     ((*first, stream, _, _, _, _, _), arguments) = launched[0][:9], launched[0][9:]
     assert len(launched) == 1 and first == [1, 1, 1] and stream == 7
-    return [value.shape if isinstance(value, torch.Tensor) else value for value in arguments]
+    return list(arguments)
+
+def same(later, first):  # tensors are passed by where they begin
+    assert through_triton == [] and later[0] == x.data_ptr() and len(later) == len(first)
+    return all(
+        type(value) is int if isinstance(before, torch.Tensor) else value == before
+        for value, before in zip(later, first)
+    )
 
 x = torch.zeros(1, 40, 16).bfloat16()
 first = call(x)
 assert through_triton == ["slice_fwd_kernel"]
-assert call(x) == first and through_triton == []
-assert call(x.clone()) == first and through_triton == []
+assert same(call(x), first)
+asked, launch.current_stream = launch.current_stream, lambda device: 7
+assert same(call(x), first)
+x = x.clone()
+assert same(call(x), first)
 moved = torch.zeros(641).bfloat16()[1:].view(1, 40, 16)  # begins at no multiple of 16 bytes
 call(moved)
 assert through_triton == ["slice_fwd_kernel"]
@@ -240,6 +251,13 @@ through_triton.clear()
 for dtype in (torch.float32, torch.bfloat16, torch.float32):  # scores may have a dtype of their own
     pooling.context_pool(x, torch.zeros(1, 40, dtype=dtype), None, None, 1, 1)
 assert through_triton == ["context_pool_fwd_kernel"] * 2
+
+gpu = torch.device("cuda", 0)
+assert asked(gpu) == 7 and asked(torch.device("cpu")) is None
+knobs.runtime.launch_enter_hook.add(print)  # Triton calls it, where it is asked to launch
+assert asked(gpu) is None
+knobs.runtime.launch_enter_hook.remove(print)
+assert asked(gpu) == 7
 print("ok")
 """
 
@@ -254,5 +272,5 @@ def test_the_hosts_time_is_taken_on_the_way_to_as_many_launches(tmp_path: Path) 
         "import json; from benchmarks.host_time import rows; print(json.dumps([*rows(rounds=1)]))"
     )
     rows = json.loads(run_without_interpreter(tmp_path, "-c", code))
-    assert [row["launches"] for row in rows] == [3] * 5 + [1] * 5
+    assert [row["launches"] for row in rows] == [3] * 5 + [7] + [1] * 5 + [5]
     assert all(row["us"] > 0 for row in rows)

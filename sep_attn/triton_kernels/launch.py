@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
@@ -286,7 +287,7 @@ class Launch:
         self.operands = {
             name: operands.get(name, name) for name in kernel.arg_names if name not in arguments
         }
-        self._compiled: dict[tuple[Any, ...], Callable[..., None]] = {}
+        self._compiled: dict[tuple[Any, ...], CompiledKernel] = {}
         self._template = [arguments.get(name) for name in kernel.arg_names]
         self._places = [
             (place, self.operands[name])
@@ -295,31 +296,32 @@ class Launch:
         ]
 
     def __call__(
-        self, kind: tuple[Any, ...], tensors: Mapping[str, Tensor | None], stream: int | None = None
+        self,
+        kind: tuple[Any, ...],
+        tensors: Mapping[str, Tensor | None],
+        pointers: Mapping[str, int | None],
+        stream: int | None = None,
     ) -> None:
-        """Launches on what the kernel takes of ``tensors``, which are of this :func:`kind_of`, on a
-        stream (default: the current one)."""
+        """Launches on what the kernel takes of ``tensors``, which are of this kind and begin at
+        ``pointers``. With a stream nothing but the launch itself is done; without one Triton finds
+        it out, and calls the hooks of a profiler."""
         compiled = self._compiled.get(kind)
         if compiled is None:
-            grid = (self.programs, 1, 1)
             taken = {name: tensors[operand] for name, operand in self.operands.items()}
-            result = self.kernel[grid](**taken, **self.arguments)
+            result = self.kernel[self.programs, 1, 1](**taken, **self.arguments)
             if isinstance(result, CompiledKernel):  # under the interpreter there is none
-                self._compiled[kind] = result[grid]
+                self._compiled[kind] = result
             return
         arguments = self._template.copy()
         for place, operand in self._places:
-            arguments[place] = tensors[operand]
-        compiled(*arguments, stream=stream)
-
-
-def kind_of(device: torch.device, tensors: Mapping[str, Tensor | None]) -> tuple[Any, ...]:
-    """What Triton compiles a kernel by, besides a launch's own arguments."""
-    kinds = [
-        None if value is None else (value.dtype,) if value.data_ptr() & 15 else value.dtype
-        for value in tensors.values()
-    ]
-    return device.index, *kinds
+            arguments[place] = pointers[operand]
+        if stream is None:
+            compiled[self.programs, 1, 1](*arguments)
+        else:
+            metadata, hooks = compiled.packed_metadata, (None, None, None)
+            compiled.run(
+                self.programs, 1, 1, stream, compiled.function, metadata, *hooks, *arguments
+            )
 
 
 def run(
@@ -331,14 +333,32 @@ def run(
             taken = {name: tensors[operand] for name, operand in launch.operands.items()}
             tracing.launch(launch.kernel, launch.programs, launch.arguments, taken)
         return
-    kind = kind_of(device, tensors)
+    # What Triton compiles a kernel by, besides a launch's own arguments; and where the tensors
+    # begin: of a tensor it would ask the driver, for each launch, whether the GPU can reach it.
+    kind: list[Any] = [device.index]
+    pointers: dict[str, int | None] = {}
+    for name, value in tensors.items():
+        if value is None:
+            pointers[name] = None
+            kind.append(None)
+        else:
+            pointers[name] = pointer = value.data_ptr()
+            kind.append((value.dtype,) if pointer & 15 else value.dtype)
+    kind_key = tuple(kind)
     with on_device(device):
-        # Asked for once: Triton would ask for device and stream at every launch.
-        stream = None
-        if device.index is not None:
-            stream = driver.active.get_current_stream(device.index)
+        stream = current_stream(device)
         for launch in launches:
-            launch(kind, tensors, stream)
+            launch(kind_key, tensors, pointers, stream)
+
+
+def current_stream(device: torch.device) -> int | None:
+    """The stream that the launches of a call go to; None where Triton is to ask for it at each of
+    them, because something was hooked to them or there is no GPU."""
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    if device.index is None or any(getattr(hook, "calls", hook) for hook in hooks):
+        return None
+    stream: int = driver.active.get_current_stream(device.index)
+    return stream
 
 
 def planned(plan: Callable[..., Any]) -> Any:

@@ -27,12 +27,18 @@ from torch import Tensor
 
 # Bits by which numbers are shifted.
 SHIFT = 4
-_state = threading.local()
+
+
+class _State(threading.local):
+    active = False
+
+
+_state = _State()
 
 
 def is_active() -> bool:
     """Whether this thread traces a program."""
-    return getattr(_state, "active", False)
+    return _state.active
 
 
 @contextlib.contextmanager
