@@ -61,6 +61,14 @@ SIDE_BY_SIDE = (16, 64)  # tokens of slices of which a tile holds several
 SHARES = 8  # of a target's kernels, each a process's work
 # Shared memory of a multiprocessor of sm_90, and what each program takes of it besides its own.
 MEMORY, OVERHEAD = 228 * 1024, 1024
+# Kernels whose products are of float32 sums, whatever the dtype of the layer.
+FLOAT32_PRODUCTS = ("context_bwd_kernel",)
+# What it means that a kernel is not given something.
+ABSENT = {
+    "gated_ptr": "gated values not stored",
+    "grad_context_ptr": "no weights' gradients",
+    "rest_ptr": "one result",
+}
 # Up to this D a program moves more than it multiplies: another is to multiply meanwhile.
 MOST_SIDE_BY_SIDE = 128
 
@@ -150,11 +158,19 @@ def describe_config(case: LayerCase, launch: Launch) -> str:
     layouts = [value for name, value in constants.items() if name.endswith("LAYOUT")]
     parts += dict.fromkeys(layout for layout in layouts if layout)
     for name, value in constants.items():
-        unusual = name in ("GROUPS", "BANDS", "TRANSPOSED") and value not in (1, False)
+        unusual = name in ("GROUPS", "BANDS", "SLICES", "TRANSPOSED") and value not in (1, False)
         if unusual or name == "EPILOGUE" or name.startswith("BLOCK"):
             parts.append(f"{name}={value}")
-    if constants.get("gated_ptr", launch) is None:
-        parts.append("gated values not stored")
+    for name, words in ABSENT.items():
+        if constants.get(name, launch) is None:
+            parts.append(words)
+    unaligned = [
+        name
+        for place, name in enumerate(launch.kernel.arg_names)
+        if (name == "values" or str(launch.signature[name]).startswith("*"))
+        and not launch.attributes.get((place,))
+    ]
+    parts += [f"unaligned={','.join(unaligned)}"] if unaligned else []
     parts += [f"warps={launch.options['num_warps']}", f"stages={launch.options['num_stages']}"]
     return " ".join(parts)
 
@@ -241,7 +257,8 @@ def broken_rules(rows: Iterable[Row]) -> list[str]:
         if row["target"] == "sm_90":
             if row["spill_bytes"] > 0:
                 faults.append(f"{row['spill_bytes']} bytes spilled")
-            if row["products"] and _is_half(row["config"]) and row["hgmma"] == 0:
+            half = _is_half(row["config"]) and row["kernel"] not in FLOAT32_PRODUCTS
+            if row["products"] and half and row["hgmma"] == 0:
                 faults.append("a product in half precision without HGMMA")
             if _moves_most(row) and programs_side_by_side(row) < 2:
                 faults.append("only one program fits on a multiprocessor")

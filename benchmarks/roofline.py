@@ -126,8 +126,8 @@ def forward_work(
 
 
 def backward_work(shape: LayerShape, itemsize: int) -> list[Work]:
-    """The launches of a backward pass to x and all weights, those of torch on ``[S, D]`` left
-    out."""
+    """The launches of a backward pass to x and all weights, the product for W_K of ``[S, D]`` and
+    the sums of vectors left out."""
     tokens, slices, dim = shape.slices * shape.tokens, shape.slices, shape.dim
     values, matrix = tokens * dim * itemsize, dim * dim * itemsize
     weight_grad = dim * dim * FLOAT32
@@ -152,6 +152,8 @@ def backward_work(shape: LayerShape, itemsize: int) -> list[Work]:
         for _ in ("output", "value"):
             launches.append(Work("weight_grad_kernel", 2 * values + weight_grad, product))
             launches.append(Work("sum_parts_kernel", weight_grad + matrix, dim * dim))
+    # Reads the gradient of the context and the context, writes that and the pooled source's.
+    launches.append(Work("context_bwd_kernel", 4 * row + matrix, 2 * slices * dim * dim))
     launches.append(Work("source_bwd_kernel", values + 2 * weights + row, 4 * tokens * dim))
     # The product that gives dx, and the pool's two rank-one terms.
     launches.append(

@@ -30,7 +30,10 @@ WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="as if there 
 SCRIPT = str(Path(__file__).parent / "inductor_trace.py")
 LONG = ["score_pool_fwd_kernel", "context_combine_kernel", "value_gate_output_fwd_kernel"]
 WIDE = [*LONG[:2], "token_product_kernel", "token_product_kernel"]
-BACKWARD = ["source_bwd_kernel", "sum_parts_kernel", "token_product_kernel"]
+BACKWARD = [
+    *("context_bwd_kernel", "source_bwd_kernel", "token_product_kernel"),
+    *["sum_parts_kernel"] * 3,  # weights, biases, scores
+]
 KERNELS = {
     ("long", "forward"): LONG,
     ("short", "forward"): ["slice_fwd_kernel"],
@@ -154,7 +157,8 @@ def test_what_inductor_wrote_compiles_like_the_kernels(tmp_path: Path) -> None:
     assert len(rows) == len(KERNELS["training", "forward"] + KERNELS["training", "backward"])
     for row in rows:
         assert row["spilled"] == 0 and (row["hgmma"] > 0) == row["half_products"], row
-        assert row["loads"]["128"] > 0, row
+        # The parts of the scores' gradients are rows of D + 1 values.
+        assert row["loads"].get("128", 0) > 0 or row["kernel"].startswith("sum_parts"), row
 
 
 @WITHOUT_GPU

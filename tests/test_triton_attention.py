@@ -16,6 +16,7 @@ import torch
 from oracle import Case, check_layer, inputs_of, make_mask, run
 from test_triton_kernels import huge_memory, name_of
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sep_attn import ops
 from sep_attn.functional import separable_attention
@@ -112,6 +113,65 @@ def test_every_kernel_in_small_tiles(
         take_path(path, monkeypatch)
         for name, result in forward(case, inputs).items():
             torch.testing.assert_close(result, expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("most", [16, 3])
+def test_the_tiles_of_a_slice_are_summed_in_the_kernel_or_before(
+    most: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_path("short", monkeypatch)
+    monkeypatch.setattr(attention, "MOST_TILES_SUMMED", most)
+    runs: list[int] = []
+    run_all = attention.run
+    monkeypatch.setattr(
+        attention, "run", lambda launches, *args: runs.append(1) or run_all(launches, *args)
+    )
+    case = Case((3, 100, 36), mask="random", dropout_p=0.2)  # seven tiles a slice
+    inputs = inputs_of(case, torch.float32, device)
+    run(separable_attention, case, inputs, backend="triton")
+    assert len(runs) == (3 if most < 7 else 2)  # forward, and backward before and after the sums
+    check_layer(separable_attention, case, torch.float32, device, backend="triton")
+
+
+def test_more_slices_a_tile_than_a_block_of_them_has(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight bands of four groups each, and a last tile with fewer."""
+    take_path("short", monkeypatch)
+    monkeypatch.setattr(attention, "config_of", lambda *_: configs.Config(128, 16, 4, 1))
+    case = Case((5, 20, 4, 8), patch_size=(2, 4), mask="random")
+    check_layer(separable_attention, case, torch.float32, device, backend="triton")
+
+
+class _Operators(TorchDispatchMode):
+    """The names of all operators called that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None):
+        name = operator.overloadpacket.__name__
+        if not operator.is_view and not name.startswith(("new_empty", "empty", "split")):
+            self.names.append(name)
+        return operator(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_torch_computes_one_product_in_backward(
+    path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient of W_K; everything else is the kernels' work."""
+    take_path(path, monkeypatch)
+    inputs = inputs_of(Case((3, 20, 16)), torch.float16, device)
+    tensors = call(inputs)
+    out, weights, statistics = attention.separable_attention(*tensors)
+    arguments = (*tensors[:3], tensors[3], tensors[4], None, weights, statistics)
+    monkeypatch.setattr(attention, "run", lambda *_: None)  # the interpreter calls operators too
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    with _Operators() as operators:
+        attention.separable_attention_backward(out, None, *arguments, 0.0, "relu", 1, 1, True, True)
+    assert operators.names == ["mm", "copy_"]
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ LAYER_KERNELS = {
     "token_product_kernel",
     "value_gate_bwd_kernel",
     "value_gate_weights_bwd_kernel",
+    "context_bwd_kernel",
     "source_bwd_kernel",
     "weight_grad_kernel",
     "sum_parts_kernel",
@@ -188,7 +189,10 @@ def test_a_new_length_compiles_nothing_new(tmp_path: Path) -> None:
     for layout in ("[B, D, P, N]", "[B, D, H, W]"):
         assert max(counts[layout].values()) == 2, counts
         assert counts[layout]["context_pool_combine_kernel"] == 1
-    assert counts["layer"].keys() < LAYER_KERNELS and set(counts["layer"].values()) == {1}
+    assert counts["layer"].keys() < LAYER_KERNELS
+    # The sums of weights, of biases and of scores differ in how their results lie in memory.
+    assert counts["layer"].pop("sum_parts_kernel") == 3
+    assert set(counts["layer"].values()) == {1}
     # Slices of at most half a tile lie side by side, 2, 4 or 8 in a tile of 128 tokens.
     assert max(counts["layer of short slices"].values()) <= 3, counts
 
@@ -272,5 +276,5 @@ def test_the_hosts_time_is_taken_on_the_way_to_as_many_launches(tmp_path: Path) 
         "import json; from benchmarks.host_time import rows; print(json.dumps([*rows(rounds=1)]))"
     )
     rows = json.loads(run_without_interpreter(tmp_path, "-c", code))
-    assert [row["launches"] for row in rows] == [3] * 5 + [7] + [1] * 5 + [5]
+    assert [row["launches"] for row in rows] == [3] * 5 + [10] + [1] * 5 + [8]
     assert all(row["us"] > 0 for row in rows)

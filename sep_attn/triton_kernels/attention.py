@@ -13,9 +13,10 @@
 ========= =========================================================================================
 
 Backward is the same for all: value and gate, and the gradients of both weights, in one kernel up to
-``MOST_FUSED_BACKWARD_CHANNELS`` (:mod:`fused`), else in one and two (:mod:`products`); sums and
-products of one row a slice (torch); scores (:mod:`scoring`); and the product that gives dx, with
-the pool's terms as its epilogue. 3 or 8, and 1, and 2 N D e.
+``MOST_FUSED_BACKWARD_CHANNELS`` (:mod:`fused`), else in one and two (:mod:`products`); what has one
+row a slice, and scores (:mod:`scoring`); the product that gives dx, with the pool's terms as its
+epilogue; and sums of the parts of small gradients. 3 or 8, and 1, and 2 N D e. The gradient of W_K,
+a product of rows of slices, is torch's.
 
 float64 is served by :mod:`pooling`, :mod:`gating` and torch's products
 (:mod:`sep_attn.functional`): tensor cores have no use for its accuracy.
@@ -28,9 +29,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sep_attn.layout import num_channels, token_shape, token_view
-from sep_attn.triton_kernels import fused, products, scoring
+from sep_attn.triton_kernels import fused, products, scoring, tracing
 from sep_attn.triton_kernels.configs import (
     MOST_FUSED_BACKWARD_CHANNELS,
     MOST_FUSED_CHANNELS,
@@ -71,7 +73,15 @@ COMBINE_CHANNELS = 128
 COMBINE_COLUMNS = 32
 # The tokens are split until about this many programs work on a weight's gradient.
 WEIGHT_PROGRAMS = 264
-SUM_BLOCK = 1024
+# What one row a slice needs in backward: slices and columns of a program, and tiles of a slice that
+# it sums; more are summed before.
+CONTEXT_SLICES = 16
+CONTEXT_COLUMNS = 64
+MOST_TILES_SUMMED = 16
+# A tile of the parts that a sum has: more rows where there are few values, more values otherwise.
+SUM_VALUES = 2048
+SUM_ROWS = 32
+FEW_VALUES = 2**17
 
 
 def path_of(
@@ -489,24 +499,83 @@ def _value_gate_weights(call: Call, operands: Operands) -> tuple[int, Launch]:
 
 
 class BackwardPlan(NamedTuple):
-    """The launches of a backward pass. ``weights`` does the work of ``values``, ``out_weight`` and
-    ``value_weight`` in one, where a program can hold what that takes; ``sum_weights`` adds up the
-    parts, of which there are at most ``weight_parts``."""
+    """The launches of a backward pass: up to the sums over tiles, and from there on. Between them
+    the tiles of each slice, ``partial_shape[1]``, are summed where that is not the kernels' work.
 
-    values: Launch
-    out_weight: Launch
-    value_weight: Launch
-    weight_parts: int
-    weights: Launch | None
-    sum_weights: Launch
-    source: Launch
-    input: Launch
+    ``scratch`` are the float32 values of each tensor that only the launches use, by name.
+    """
+
+    tokens: tuple[Launch, ...]
+    partial_shape: tuple[int, ...]
+    sum_tiles: bool
+    slices: tuple[Launch, ...]
+    scratch: dict[str, int]
+    keeps_gated: bool
+
+
+def _sum_parts(splits: int, values: int, first_values: int | None = None, **names: str) -> Launch:
+    """The launch that sums ``partial_ptr [splits, values]``: the first values to ``sums_ptr``, the
+    rest to ``rest_ptr``, by the names that the call's tensors have."""
+    rows = SUM_ROWS if values <= FEW_VALUES else SUM_ROWS // 4
+    columns = SUM_VALUES // rows
+    arguments: dict[str, Any] = {
+        "splits": splits,
+        "values": values,
+        "first_values": values if first_values is None else first_values,
+        "BLOCK_S": rows,
+        "BLOCK": columns,
+    }
+    if first_values is None:
+        arguments["rest_ptr"] = None
+    return Launch(products.sum_parts_kernel, triton.cdiv(values, columns), arguments, **names)
+
+
+def _partial_shape(first: Launch) -> tuple[int, ...]:
+    """Of the sums that a backward pass's first launch leaves for each tile: tiles side by side,
+    tiles of a band, slices of a tile and the two biases, channels."""
+    tiles = first.arguments
+    sides = triton.cdiv(tiles["bands"], tiles["BANDS"])
+    return sides, tiles["band_tiles"], tiles["BANDS"] * tiles["GROUPS"] + 2, tiles["D"]
+
+
+def _context(
+    call: Call, operands: Operands, first: Launch, need_weight_grad: bool
+) -> tuple[Launch, int, bool]:
+    """The launch that takes the gradient of each context from the sums of the first launch; how
+    many blocks of slices it has; whether the tiles of a slice are to be summed before."""
+    _, band_tiles, rows, channels = _partial_shape(first)
+    sum_tiles = not statically_known_true(band_tiles <= MOST_TILES_SUMMED)
+    block_slices = max(CONTEXT_SLICES, rows - 2)
+    columns = min(CONTEXT_COLUMNS, _padded(channels))
+    arguments = {
+        "band_tiles": 1 if sum_tiles else band_tiles,
+        "slices": operands.slices,
+        "D": channels,
+        "SLICES": rows - 2,
+        "PRECISION": _slice_precision(call),
+        "BLOCK_S": block_slices,
+        "BLOCK_E": columns,
+    }
+    if not need_weight_grad:
+        arguments |= dict.fromkeys(("grad_context_ptr", "bias_partial_ptr"))
+    blocks = triton.cdiv(operands.slices, block_slices)
+    programs = blocks * triton.cdiv(channels, columns)
+    return Launch(scoring.context_bwd_kernel, programs, arguments), blocks, sum_tiles
+
+
+def _slice_precision(call: Call) -> str:
+    """Of float32 rows of slices times a weight: in half precision it is exact in TF32, in which
+    three products make up for what the rows lose."""
+    has_tensor_cores = call.arch.startswith("sm_") and int(call.arch[3:]) >= 80
+    return "tf32x3" if call.itemsize == 2 and has_tensor_cores else call.precision
 
 
 @planned
 def _plan_backward(
     call: Call,
     separate: bool,
+    need_input_grad: bool,
+    need_weight_grad: bool,
     x_strides: tuple[int, ...],
     source_strides: tuple[int, ...],
     grad_out_strides: tuple[int, ...],
@@ -525,13 +594,92 @@ def _plan_backward(
             "grad_weights": grad_weights_strides,
         },
     )
-    grid, source, channels = operands.grid, operands.source, operands.channels
+    channels, slices = operands.channels, operands.slices
+    matrix = channels * channels
+    scratch = {}
 
+    at_once = need_weight_grad and channels <= MOST_FUSED_BACKWARD_CHANNELS[call.itemsize]
+    if at_once:
+        splits, first = _value_gate_weights(call, operands)
+        sums = _sum_parts(
+            splits,
+            2 * matrix,
+            matrix,
+            partial_ptr="weight_partial_ptr",
+            sums_ptr="grad_value_weight_ptr",
+            rest_ptr="grad_out_weight_ptr",
+        )
+        launches = [first, sums]
+        scratch["weight_partial_ptr"] = _most(splits, WEIGHT_PROGRAMS) * 2 * matrix
+    else:
+        first = _value_gate(call, operands)
+        launches = [first]
+        if need_weight_grad:
+            for a, b, a_like, b_like, sums_ptr in (
+                ("grad_out_ptr", "gated_ptr", "grad_out", "like", "grad_out_weight_ptr"),
+                ("grad_v_ptr", "x_ptr", "like", "x", "grad_value_weight_ptr"),
+            ):
+                names = {"a_ptr": a, "b_ptr": b, "partial_ptr": "weight_partial_ptr"}
+                splits, product = _weight_grad(call, operands, a_like, b_like, **names)
+                sums = _sum_parts(
+                    splits, matrix, partial_ptr="weight_partial_ptr", sums_ptr=sums_ptr
+                )
+                launches += [product, sums]
+            scratch["weight_partial_ptr"] = _most(splits, WEIGHT_PROGRAMS) * matrix
+
+    context_launch, blocks, sum_tiles = _context(call, operands, first, need_weight_grad)
+    source_launch = _source(call, operands, separate)
+    scratch |= {
+        "grad_pooled_ptr": slices * channels,
+        "slice_grads_ptr": slices * 2,
+        "score_partial_ptr": source_launch.programs * (channels + 1),
+    }
+    of_slices = [context_launch, source_launch]
+    if need_input_grad:
+        of_slices.append(_input_product(call, operands, separate))
+    if need_weight_grad:
+        scratch["grad_context_ptr"] = slices * channels
+        scratch["bias_partial_ptr"] = blocks * 3 * channels
+        of_slices += [
+            _sum_parts(
+                blocks,
+                3 * channels,
+                2 * channels,
+                partial_ptr="bias_partial_ptr",
+                sums_ptr="grad_bias_ptr",
+                rest_ptr="grad_out_bias_ptr",
+            ),
+            _sum_parts(
+                source_launch.programs,
+                channels + 1,
+                channels,
+                partial_ptr="score_partial_ptr",
+                sums_ptr="grad_qkv_weight_ptr",
+                rest_ptr="grad_qkv_bias_ptr",
+            ),
+        ]
+    return BackwardPlan(
+        tuple(launches),
+        _partial_shape(first),
+        sum_tiles,
+        tuple(of_slices),
+        scratch,
+        need_weight_grad and not at_once,
+    )
+
+
+def _most(count: int, most: int) -> int:
+    """``count``, which is at most ``most``, unless it is a symbol."""
+    return count if isinstance(count, int) else most
+
+
+def _value_gate(call: Call, operands: Operands) -> Launch:
+    channels = operands.channels
     config = call.config("value_gate_bwd_kernel", channels)
-    tiles = _tiles_of(operands, grid, config.tokens)
+    tiles = _tiles_of(operands, operands.grid, config.tokens)
     columns = min(config.columns, _padded(channels))
-    values = {
-        **_of_call(operands, grid),
+    arguments = {
+        **_of_call(operands, operands.grid),
         **operands.of_tensors("grad_out", "x", gated="like", grad_v="like"),
         **tiles,
         **_options(config),
@@ -541,33 +689,18 @@ def _plan_backward(
         "BLOCK_E": columns,
         "BLOCK_K": _depth(call, channels),
     }
-    values_launch = Launch(
-        products.value_gate_bwd_kernel, tiles["tiles"] * triton.cdiv(channels, columns), values
-    )
+    programs = tiles["tiles"] * triton.cdiv(channels, columns)
+    return Launch(products.value_gate_bwd_kernel, programs, arguments)
 
-    names = {"a_ptr": "grad_out_ptr", "b_ptr": "gated_ptr", "partial_ptr": "weight_partial_ptr"}
-    splits, out_weight = _weight_grad(call, operands, "grad_out", "like", **names)
-    names |= {"a_ptr": "grad_v_ptr", "b_ptr": "x_ptr"}
-    _, value_weight = _weight_grad(call, operands, "like", "x", **names)
-    weights_launch, summed = None, channels * channels
-    if channels <= MOST_FUSED_BACKWARD_CHANNELS[call.itemsize]:
-        splits, weights_launch = _value_gate_weights(call, operands)
-        summed *= 2
-    sum_arguments = {"splits": splits, "values": summed, "BLOCK": SUM_BLOCK}
-    sum_weights = Launch(
-        products.sum_parts_kernel,
-        triton.cdiv(summed, SUM_BLOCK),
-        sum_arguments,
-        partial_ptr="weight_partial_ptr",
-    )
 
-    config = call.config("source_bwd_kernel", channels)
-    tiles = _tiles_of(operands, source, config.tokens)
+def _source(call: Call, operands: Operands, separate: bool) -> Launch:
+    config = call.config("source_bwd_kernel", operands.channels)
+    tiles = _tiles_of(operands, operands.source, config.tokens)
     programs, part_tiles = split_tiles(tiles["tiles"], SPLIT_PROGRAMS)
     if not isinstance(programs, int):
         programs = SPLIT_PROGRAMS  # those with nothing to do store zeros
-    source_arguments = {
-        **_of_call(operands, source),
+    arguments = {
+        **_of_call(operands, operands.source),
         **operands.of_tensors(
             "source",
             "weights",
@@ -582,31 +715,20 @@ def _plan_backward(
         "split_tiles": part_tiles,
         "POOL_STAGES": config.stages,
         "slices": operands.slices,
-        "CHUNKS": chunk_widths(channels),
+        "CHUNKS": chunk_widths(operands.channels),
     }
-    source_launch = Launch(
-        scoring.source_bwd_kernel,
-        programs,
-        source_arguments,
-        score_weight_ptr="qkv_weight_ptr",
-        partial_ptr="score_partial_ptr",
-    )
+    names = {"score_weight_ptr": "qkv_weight_ptr", "partial_ptr": "score_partial_ptr"}
+    return Launch(scoring.source_bwd_kernel, programs, arguments, **names)
+
+
+def _input_product(call: Call, operands: Operands, separate: bool) -> Launch:
+    """The product that gives dx; where x is the source too, with the pool's terms."""
     names = {"a_ptr": "grad_v_ptr", "weight_ptr": "value_weight_ptr", "out_ptr": "grad_x_ptr"}
-    epilogue = "bias"
-    if not separate:
-        epilogue = "pool"
-        names |= {"slice_ptr": "grad_pooled_ptr", "score_weight_ptr": "qkv_weight_ptr"}
-        names |= {name: name for name in ("weights_ptr", "grad_scores_ptr", "seed_ptr")}
-    return BackwardPlan(
-        values_launch,
-        out_weight,
-        value_weight,
-        splits if isinstance(splits, int) else WEIGHT_PROGRAMS,
-        weights_launch,
-        sum_weights,
-        source_launch,
-        _product(call, operands, "like", "like", epilogue, False, **names),
-    )
+    if separate:
+        return _product(call, operands, "like", "like", "bias", False, **names)
+    names |= {"slice_ptr": "grad_pooled_ptr", "score_weight_ptr": "qkv_weight_ptr"}
+    names |= {name: name for name in ("weights_ptr", "grad_scores_ptr", "seed_ptr")}
+    return _product(call, operands, "like", "like", "pool", False, **names)
 
 
 def separable_attention_backward(
@@ -670,6 +792,8 @@ def separable_attention_backward(
     plan = _plan_backward(
         call_of(x, source, act, patch_h, patch_w, dropout_p),
         x_prev is not None,
+        need_input_grad,
+        need_weight_grad,
         x.stride(),
         source.stride(),
         grad_out.stride(),
@@ -678,79 +802,58 @@ def separable_attention_backward(
         weights.stride(),
         None if grad_weights is None else grad_weights.stride(),
     )
-    # All in one launch, or the gated values pass through memory to the weights' gradients.
-    at_once = plan.weights if need_weight_grad else None
-    first = at_once or plan.values
-    slots = first.arguments["BANDS"] * first.arguments["GROUPS"]
-    side_by_side = triton.cdiv(first.arguments["bands"], first.arguments["BANDS"])
-    partial_shape = (side_by_side, first.arguments["band_tiles"], slots + 2, channels)
-    partial = statistics.new_empty(partial_shape)
-    weight_partial = None
-    if need_weight_grad:
-        parts = (plan.weight_parts, *((2,) if at_once else ()), channels, channels)
-        weight_partial = statistics.new_empty(parts)
-    tensors = {
-        "grad_out_ptr": grad_out,
-        "x_ptr": x,
-        "qkv_weight_ptr": qkv_weight,
-        "qkv_bias_ptr": qkv_bias,
-        "out_weight_ptr": out_weight,
-        "statistics_ptr": statistics,
-        "grad_v_ptr": grad_v,
-        "gated_ptr": torch.empty_like(x) if need_weight_grad and not at_once else None,
-        "partial_ptr": partial,
-        "weight_partial_ptr": weight_partial,
-    }
-    if at_once is not None:
-        both_grads = x.new_empty((2, channels, channels))
-        run((at_once, plan.sum_weights), x.device, tensors | {"sums_ptr": both_grads})
-        grad_qkv_weight[1 + channels :].copy_(both_grads[0].T)
-        grad_out_weight.copy_(both_grads[1])
-    else:
-        run((plan.values,), x.device, tensors)
-        if need_weight_grad:
-            tensors["sums_ptr"] = grad_out_weight
-            run((plan.out_weight, plan.sum_weights), x.device, tensors)
-            tensors["sums_ptr"] = grad_qkv_weight[1 + channels :]
-            run((plan.value_weight, plan.sum_weights), x.device, tensors)
-    # Per slice, [S, D] and smaller: torch's sums and products, in float32.
-    grad_context = partial[:, :, :slots].sum(1).flatten(0, 1)[:slices]  # [S, D]
-    pooled, weight_sum = statistics[:, :channels], statistics[:, -1]
-    grad_pooled = grad_context @ qkv_weight[1 : 1 + channels].to(torch.float32)  # [S, D]
-    delta = (pooled * grad_pooled).sum(1)
-    bias_grad = torch.zeros_like(weight_sum)
-    if qkv_bias is not None:
-        bias_grad = grad_context @ qkv_bias[1 : 1 + channels].to(torch.float32)  # [S]
-        delta = delta + weight_sum * bias_grad
+    weights_delta = None
     if grad_weights is not None:
         per_slice = token_view(weights * grad_weights, patch_h, patch_w)
-        delta = delta + per_slice.sum((-2, -1)).flatten()
-
-    grad_scores = torch.empty_like(weights)
-    score_partial = statistics.new_empty((plan.source.programs, channels + 1))
-    tensors = {
+        weights_delta = per_slice.sum((-2, -1), dtype=torch.float32).flatten()
+    scratch = _scratch(statistics, plan.scratch)
+    partial = statistics.new_empty(plan.partial_shape)
+    tensors: dict[str, Tensor | None] = {
+        "grad_out_ptr": grad_out,
+        "x_ptr": x,
         "source_ptr": source,
         "qkv_weight_ptr": qkv_weight,
         "value_weight_ptr": qkv_weight[1 + channels :],
+        "qkv_bias_ptr": qkv_bias,
+        "out_weight_ptr": out_weight,
+        "statistics_ptr": statistics,
         "weights_ptr": weights,
-        "seed_ptr": dropout_seed,
+        "weights_delta_ptr": weights_delta,
         "grad_weights_ptr": grad_weights,
-        "grad_pooled_ptr": grad_pooled,
-        "slice_grads_ptr": torch.stack((bias_grad, delta), 1),
-        "grad_scores_ptr": grad_scores,
-        "grad_source_ptr": grad_source,
-        "score_partial_ptr": score_partial,
+        "seed_ptr": dropout_seed,
         "grad_v_ptr": grad_v,
+        "gated_ptr": torch.empty_like(x) if plan.keeps_gated else None,
+        "grad_scores_ptr": torch.empty_like(weights),
+        "partial_ptr": partial,
         "grad_x_ptr": grad_x,
+        "grad_source_ptr": grad_source,
+        **scratch,
     }
-    run((plan.source, plan.input) if need_input_grad else (plan.source,), x.device, tensors)
     if need_weight_grad:
-        biases = partial[:, :, slots:].sum((0, 1))  # [2, D]
-        grad_out_bias.copy_(biases[1])
-        grad_qkv_bias[1 + channels :].copy_(biases[0])
-        scores = score_partial.sum(0)  # [D + 1]
-        grad_qkv_weight[0].copy_(scores[:channels])
-        grad_qkv_bias[0].copy_(scores[channels])
-        grad_qkv_weight[1 : 1 + channels].copy_(grad_context.T @ pooled)
-        grad_qkv_bias[1 : 1 + channels].copy_(weight_sum @ grad_context)
+        tensors |= {
+            "grad_qkv_weight_ptr": grad_qkv_weight,
+            "grad_value_weight_ptr": grad_qkv_weight[1 + channels :],
+            "grad_out_weight_ptr": grad_out_weight,
+            "grad_qkv_bias_ptr": grad_qkv_bias,
+            "grad_bias_ptr": grad_qkv_bias[1:],
+            "grad_out_bias_ptr": grad_out_bias,
+        }
+    if plan.sum_tiles:
+        run(plan.tokens, x.device, tensors)
+        run(plan.slices, x.device, tensors | {"partial_ptr": partial.sum(1)})
+    else:
+        run((*plan.tokens, *plan.slices), x.device, tensors)
+    if need_weight_grad:
+        grad_context = scratch["grad_context_ptr"][: slices * channels].view(slices, channels)
+        product = grad_context.T @ statistics[:, :channels]
+        grad_qkv_weight[1 : 1 + channels].copy_(product)
     return results
+
+
+def _scratch(like: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:
+    """Uninitialised tensors of so many values or a few more, parts of one that begin at a multiple
+    of 16 bytes. A traced program has one each: of parts it would make copies."""
+    if tracing.is_active():
+        return {name: like.new_empty(size) for name, size in sizes.items()}
+    padded = [-(-size // 4) * 4 for size in sizes.values()]
+    return dict(zip(sizes, like.new_empty(sum(padded)).split(padded), strict=True))

@@ -507,7 +507,7 @@ def value_gate_weights_bwd_kernel(
     grad_v_ptr,
     grad_v_strides,
     partial_ptr,  # [tiles, SLICES + 2, D]: gradient of each context | of b_V | of b_O
-    weight_partial_ptr,  # [splits, 2, D, D]: gradient of W_V | of W_O, transposed both
+    weight_partial_ptr,  # [splits, 2, D, D]: gradient of W_V | of W_O
     bands,
     tokens,
     width,
@@ -610,6 +610,7 @@ def value_gate_weights_bwd_kernel(
     for i in tl.static_range(len(CHUNKS)):
         d = chunk_channels(CHUNKS, i)
         mask = (d < D)[:, None] & (e < D)[None, :]
-        offsets = d[:, None] * D + e[None, :]
-        tl.store(weight_partial_ptr + offsets, grad_value_weights[i], mask=mask)
-        tl.store(weight_partial_ptr + D * D + offsets, grad_out_weights[i], mask=mask)
+        transposed = weight_partial_ptr + e[None, :] * D + d[:, None]
+        tl.store(transposed, grad_value_weights[i], mask=mask)
+        straight = weight_partial_ptr + D * D + d[:, None] * D + e[None, :]
+        tl.store(straight, grad_out_weights[i], mask=mask)

@@ -321,16 +321,24 @@ def weight_grad_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def sum_parts_kernel(
     partial_ptr,  # [splits, values]
-    sums_ptr,  # [values]
+    sums_ptr,  # [first_values]
+    rest_ptr,  # [values - first_values]
     splits,
     values,
+    first_values,
+    BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # In a fixed order, so that results are the same bit for bit from run to run.
     value = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = value < values
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(0, splits):
-        acc += tl.load(partial_ptr + value, mask=inside, other=0.0)
-        partial_ptr += values
-    tl.store(sums_ptr + value, acc.to(sums_ptr.dtype.element_ty), mask=inside)
+    acc = tl.zeros((BLOCK_S, BLOCK), tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)  # [BLOCK_S]
+        ptrs = partial_ptr + split.to(tl.int64)[:, None] * values + value[None, :]
+        acc += tl.load(ptrs, mask=(split < splits)[:, None] & inside[None, :], other=0.0)
+    sums = tl.sum(acc, axis=0).to(sums_ptr.dtype.element_ty)  # [BLOCK]
+    tl.store(sums_ptr + value, sums, mask=value < first_values)
+    if rest_ptr is not None:
+        rest = value - first_values
+        tl.store(rest_ptr + rest, sums, mask=(rest >= 0) & inside)

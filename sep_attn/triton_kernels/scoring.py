@@ -4,7 +4,8 @@
 
 Short slices do this inside :mod:`sep_attn.triton_kernels.fused`, from the device functions here.
 For the others the tokens of a band are split over programs (one read of x'), and a second kernel
-combines the parts in a fixed order and applies W_K. Backward reads x' once more.
+combines the parts in a fixed order and applies W_K. Backward goes from the context to the pooled
+x' and the softmax, one row a slice, and then reads x' once more.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from sep_attn.triton_kernels.tiles import (
     load_tokens,
     load_values,
     load_weight,
+    program_columns,
     row_offsets,
     row_slices,
     slice_max,
@@ -275,6 +277,93 @@ def context_combine_kernel(
             tl.float32,
             WEIGHTS_BLOCK,
         )
+
+
+# Tiles whose sums are under way together: each is a wait for memory.
+TILES_AT_ONCE = tl.constexpr(4)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def context_bwd_kernel(
+    partial_ptr,  # [tiles, SLICES + 2, D]: gradient of each context | of b_V | of b_O
+    statistics_ptr,  # [S, 2 D + 1]: pooled | context | sum of the dropped weights
+    qkv_weight_ptr,  # [1 + 2 D, D]
+    qkv_bias_ptr,
+    weights_delta_ptr,  # [S]: sum over the slice of p and its own gradient
+    grad_context_ptr,  # [S, D], where a weight wants a gradient
+    grad_pooled_ptr,  # [S, D]
+    slice_grads_ptr,  # [S, 2]: b_K . dc | sum over the slice of p dp
+    bias_partial_ptr,  # [programs / columns, 3, D]: gradient of b_K | of b_V | of b_O
+    band_tiles,
+    slices,
+    D: tl.constexpr,
+    SLICES: tl.constexpr,  # of a tile
+    PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    # A program sums the tiles of BLOCK_S slices, which are those of whole tiles, and multiplies by
+    # some columns of W_K. The sum of p dp is c . dc, for c is W_K xbar + sigma b_K.
+    EVEN: tl.constexpr = D % BLOCK_E == 0
+    ROWS: tl.constexpr = SLICES + 2
+    i_block, d = program_columns(D, BLOCK_E)  # d: [BLOCK_E]
+    i_slice = i_block.to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)  # [BLOCK_S]
+    inside = i_slice < slices
+    row_ptrs = partial_ptr + (i_slice // SLICES * band_tiles * ROWS + i_slice % SLICES) * D
+    slice_ptrs = statistics_ptr + i_slice * (2 * D + 1)  # [BLOCK_S]
+
+    grad_pooled = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
+    bias_grad = tl.zeros((BLOCK_S,), tl.float32)
+    delta = tl.zeros((BLOCK_S,), tl.float32)
+    for first_e in range(0, D, BLOCK_E):
+        e = first_e + tl.arange(0, BLOCK_E)  # [BLOCK_E]
+        mask = inside[:, None] & (e < D)[None, :]
+        grad_context = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
+        for first_tile in range(0, band_tiles, TILES_AT_ONCE):
+            for i in tl.static_range(TILES_AT_ONCE):
+                i_tile = first_tile + i
+                ptrs = row_ptrs[:, None] + i_tile * (ROWS * D) + e[None, :]
+                grad_context += tl.load(ptrs, mask=mask & (i_tile < band_tiles), other=0.0)
+        context = tl.load(slice_ptrs[:, None] + D + e[None, :], mask=mask, other=0.0)
+        delta += tl.sum(grad_context * context, axis=1)
+        if qkv_bias_ptr is not None:
+            bias_grad += tl.sum(grad_context * load_bias(qkv_bias_ptr + 1, e, D)[None, :], axis=1)
+        key_weight = load_weight(qkv_weight_ptr + D, e, d, D, EVEN, EVEN).to(tl.float32)
+        grad_pooled = tl.dot(grad_context, key_weight, grad_pooled, input_precision=PRECISION)
+    columns_inside = d < D
+    mask = inside[:, None] & columns_inside[None, :]
+    own = i_slice[:, None] * D + d[None, :]  # [BLOCK_S, BLOCK_E]
+    tl.store(grad_pooled_ptr + own, grad_pooled, mask=mask)
+    if tl.program_id(0) % tl.cdiv(D, BLOCK_E) == 0:
+        if weights_delta_ptr is not None:
+            delta += tl.load(weights_delta_ptr + i_slice, mask=inside, other=0.0)
+        tl.store(slice_grads_ptr + i_slice * 2, bias_grad, mask=inside)
+        tl.store(slice_grads_ptr + i_slice * 2 + 1, delta, mask=inside)
+
+    if grad_context_ptr is not None:
+        # Tiles of several slices may end beyond the last: there is a row of sums for each tile.
+        side = i_block.to(tl.int64) * (BLOCK_S // SLICES) + tl.arange(0, BLOCK_S // SLICES)
+        side_ptrs = partial_ptr + (side * band_tiles * ROWS + SLICES) * D
+        side_mask = (side * SLICES < slices)[:, None] & columns_inside[None, :]
+        grad_context = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
+        grad_value_bias = tl.zeros((BLOCK_S // SLICES, BLOCK_E), tl.float32)
+        grad_out_bias = tl.zeros((BLOCK_S // SLICES, BLOCK_E), tl.float32)
+        for first_tile in range(0, band_tiles, TILES_AT_ONCE):
+            for i in tl.static_range(TILES_AT_ONCE):
+                i_tile = first_tile + i
+                is_tile = i_tile < band_tiles
+                ptrs = row_ptrs[:, None] + i_tile * (ROWS * D) + d[None, :]
+                grad_context += tl.load(ptrs, mask=mask & is_tile, other=0.0)
+                ptrs = side_ptrs[:, None] + i_tile * (ROWS * D) + d[None, :]
+                grad_value_bias += tl.load(ptrs, mask=side_mask & is_tile, other=0.0)
+                grad_out_bias += tl.load(ptrs + D, mask=side_mask & is_tile, other=0.0)
+        tl.store(grad_context_ptr + own, grad_context, mask=mask)
+        weight_sum = tl.load(slice_ptrs + 2 * D, mask=inside, other=0.0)  # [BLOCK_S]
+        grad_key_bias = tl.sum(weight_sum[:, None] * grad_context, axis=0)
+        bias_partial_ptr += i_block.to(tl.int64) * (3 * D)
+        tl.store(bias_partial_ptr + d, grad_key_bias, mask=columns_inside)
+        tl.store(bias_partial_ptr + D + d, tl.sum(grad_value_bias, axis=0), mask=columns_inside)
+        tl.store(bias_partial_ptr + 2 * D + d, tl.sum(grad_out_bias, axis=0), mask=columns_inside)
 
 
 @triton.jit(do_not_specialize=VARYING)
