@@ -168,7 +168,7 @@ def describe_config(case: LayerCase, launch: Launch) -> str:
         name
         for place, name in enumerate(launch.kernel.arg_names)
         if (name == "values" or str(launch.signature[name]).startswith("*"))
-        and not launch.attributes.get((place,))
+        and not any("tt.divisibility" in one for one in launch.attributes.get((place,), ()))
     ]
     parts += [f"unaligned={','.join(unaligned)}"] if unaligned else []
     parts += [f"warps={launch.options['num_warps']}", f"stages={launch.options['num_stages']}"]

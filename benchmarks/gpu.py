@@ -32,6 +32,7 @@ TESTS = (
     "tests/test_triton_attention.py",
     "tests/test_ops.py",
     "tests/test_layer.py",
+    "tests/test_differentiated.py",
     "tests/test_triton_kernels.py",
     "tests/test_special_values.py",
     "tests/test_inductor.py",

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from test_layer import backend_or_skip
+from test_layer import backend_or_skip, device_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,11 +21,13 @@ patch_module = importlib.import_module("sep_attn.patch")  # the package names th
 
 
 @pytest.fixture(params=["native", "triton"], autouse=True)
-def backend(request: pytest.FixtureRequest) -> str:
-    """What serves a layer of these tests, on the CPU: Triton in its interpreter."""
+def backend(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
+    """What serves a layer of these tests; tensors are made on its device."""
     name: str = request.param
-    backend_or_skip(name, torch.device("cpu"), torch.float32)
-    return name
+    place = device_of(name, device)
+    backend_or_skip(name, place, torch.float32)
+    with place:
+        yield name
 
 
 @pytest.fixture
@@ -133,7 +135,7 @@ class _Subclass(torch.Tensor):
 
 
 def _autocast(layer: SeparableAttention, x: Tensor) -> None:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         layer(x)
 
 

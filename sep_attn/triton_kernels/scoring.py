@@ -315,7 +315,9 @@ def context_bwd_kernel(
     grad_pooled = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
     bias_grad = tl.zeros((BLOCK_S,), tl.float32)
     delta = tl.zeros((BLOCK_S,), tl.float32)
-    for first_e in range(0, D, BLOCK_E):
+    # The second program index is always 0, which the compiler does not know: unrolled, the loop
+    # would take more registers than there are.
+    for first_e in range(0, D + tl.program_id(1), BLOCK_E):
         e = first_e + tl.arange(0, BLOCK_E)  # [BLOCK_E]
         mask = inside[:, None] & (e < D)[None, :]
         grad_context = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
@@ -341,7 +343,7 @@ def context_bwd_kernel(
         tl.store(slice_grads_ptr + i_slice * 2 + 1, delta, mask=inside)
 
     if grad_context_ptr is not None:
-        # Tiles of several slices may end beyond the last: there is a row of sums for each tile.
+        # The biases have one row a tile, however many of its slices there are.
         side = i_block.to(tl.int64) * (BLOCK_S // SLICES) + tl.arange(0, BLOCK_S // SLICES)
         side_ptrs = partial_ptr + (side * band_tiles * ROWS + SLICES) * D
         side_mask = (side * SLICES < slices)[:, None] & columns_inside[None, :]
