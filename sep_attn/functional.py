@@ -260,7 +260,11 @@ def _shortest_triton_way(
             _CHECKED.clear()
         _CHECKED[kind] = patch
     if _differentiated(tensors):
-        return ops.triton_self_attention(*tensors, 0.0, value_act, *patch)
+        matrices = [
+            tensor.flatten(1) if tensor is not None and tensor.dim() == 4 else tensor
+            for tensor in tensors[1:]
+        ]
+        return ops.triton_self_attention(x, *matrices, 0.0, value_act, *patch)
     others = (None, None, 0.0, value_act, *patch)  # no mask and no dropout
     return triton_kernels.separable_attention_inference(x, None, *tensors[1:], *others)
 

@@ -527,59 +527,15 @@ separable_attention_packed = _operator("separable_attention_packed", "native")._
 # every argument costs as much as a small layer's kernels.
 
 
-def _native_self_attention(*arguments: Any) -> tuple[Tensor, ...]:
-    results: tuple[Tensor, ...] = _operator("separable_attention", "native")._op(*arguments, True)
-    return results
-
-
-def _native_self_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    operator = _operator("separable_attention_backward", "native")
-    if torch.is_grad_enabled():  # for a second derivative, which the operator refuses
-        return operator(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator._op(*arguments)
-
-
-def _triton_self_attention(
-    x: Tensor,
-    x_prev: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    out_weight: Tensor,
-    *others: Any,
-) -> tuple[Tensor, ...]:
-    tensors = (x, x_prev, _matrix(qkv_weight), qkv_bias, _matrix(out_weight))
-    return triton_kernels.separable_attention(*tensors, *others)
-
-
-def _triton_self_attention_backward(
-    grad_out: Tensor,
-    grad_weights: Tensor | None,
-    x: Tensor,
-    x_prev: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    out_weight: Tensor,
-    *others: Any,
-) -> tuple[Tensor, ...]:
-    tensors = (grad_out, grad_weights, x, x_prev, _matrix(qkv_weight), qkv_bias)
-    arguments = (*tensors, _matrix(out_weight), *others)
-    operator = _operator("separable_attention_backward", "triton")
-    if torch.is_grad_enabled():  # for a second derivative, which the operator refuses
-        return operator(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        if is_observed() or not torch._C._has_storage(grad_out):  # gradients batched by vmap
-            return operator(*arguments)
-        return triton_kernels.separable_attention_backward(*arguments)
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    return weight if weight.dim() == 2 else weight.flatten(1)  # of a 1 x 1 convolution
-
-
 def _self_attention_function(
-    forward_call: Callable[..., Any], backward_call: Callable[..., Any]
+    backend: str,
+    forward_call: Callable[..., Any],
+    backward_call: Callable[..., Any],
+    *last_arguments: bool,
 ) -> Callable[..., Tensor]:
+    """Both calls take what the operators of the backend take, ``last_arguments`` only the first."""
+    operator = _operator("separable_attention_backward", backend)
+
     class SelfAttention(torch.autograd.Function):
         @staticmethod
         def forward(
@@ -591,10 +547,9 @@ def _self_attention_function(
             out_bias: Tensor | None,
             *options: Any,
         ) -> Tensor:
+            tensors = (x, None, qkv_weight, qkv_bias, out_weight, out_bias, None, None)
             with torch._C._AutoDispatchBelowAutograd():
-                out, *kept = forward_call(
-                    x, None, qkv_weight, qkv_bias, out_weight, out_bias, None, None, *options
-                )
+                out, *kept = forward_call(*tensors, *options, *last_arguments)
             ctx.options = options
             ctx.save_for_backward(x, qkv_weight, qkv_bias, out_weight, *kept)
             return out
@@ -604,7 +559,12 @@ def _self_attention_function(
             x, qkv_weight, qkv_bias, out_weight, *kept = ctx.saved_tensors
             needed, options = ctx.needs_input_grad, ctx.options
             tensors = (grad_out, None, x, None, qkv_weight, qkv_bias, out_weight, None, *kept)
-            grads = backward_call(*tensors, *options, needed[0], True in needed[1:])
+            needs = needed[0], True in needed[1:]
+            if torch.is_grad_enabled():  # for a second derivative, which the operator refuses
+                grads = operator(*tensors, *options, *needs)
+            else:
+                with torch._C._AutoDispatchBelowAutograd():
+                    grads = backward_call(*tensors, *options, *needs)
             grad_x, _, grad_qkv_weight, grad_qkv_bias, grad_out_weight, grad_out_bias = grads
             return (
                 grad_x if needed[0] else None,
@@ -619,17 +579,28 @@ def _self_attention_function(
     return apply
 
 
+def _launch_backward(grad_out: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    """Triton's launcher at once, unless an operator is looked for; vmap hides a batch of gradients
+    in one without memory."""
+    if is_observed() or not torch._C._has_storage(grad_out):
+        return _operator("separable_attention_backward", "triton")(grad_out, *others)
+    return triton_kernels.separable_attention_backward(grad_out, *others)
+
+
 def _shaped_as(weight: Tensor, grad: Tensor) -> Tensor:
     return grad if weight.dim() == 2 else grad.view(weight.shape)  # that of a 1 x 1 convolution
 
 
 # x, qkv_weight, qkv_bias, out_weight, out_bias, act, patch_h, patch_w -> out
 native_self_attention = _self_attention_function(
-    _native_self_attention, _native_self_attention_backward
+    "native",
+    _operator("separable_attention", "native")._op,
+    _operator("separable_attention_backward", "native")._op,
+    True,  # for_backward
 )
-# The same, with dropout_p, which is 0.0, before act.
+# The same, with dropout_p, which is 0.0, before act; weights are matrices.
 triton_self_attention = _self_attention_function(
-    _triton_self_attention, _triton_self_attention_backward
+    "triton", triton_kernels.separable_attention, _launch_backward
 )
 
 
