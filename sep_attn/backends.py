@@ -29,6 +29,7 @@ def unavailable_reason(backend: str, device: torch.device, dtype: torch.dtype) -
 
 
 _innermost_transform = torch._C._functorch.peek_interpreter_stack
+_VMAP = torch._C._functorch.TransformType.Vmap
 
 
 def is_transformed() -> bool:
@@ -37,13 +38,27 @@ def is_transformed() -> bool:
     return forward_ad._current_level >= 0 or _innermost_transform() is not None
 
 
+def _is_differentiated_by_transform() -> bool:
+    """Whether one under way is another than ``vmap``, which calls an operator for every sample."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return forward_ad._current_level >= 0 or any(level.key() != _VMAP for level in stack)
+
+
 def is_observed() -> bool:
-    """Whether something looks at operators as they are called: a dispatch mode (fake tensors, FLOP
-    counters), a profiler or torch.jit's tracer."""
+    """Whether a dispatch mode (fake tensors, FLOP counters), a profiler or torch.jit's tracer is to
+    see the operators that are called."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or torch.autograd.profiler._is_profiler_enabled
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's values lie where it begins. Those of a sparse, batched or zero tensor do
+    not, nor those that are yet to be negated, as of ``z.conj().imag``."""
+    return (
+        torch._C._has_storage(tensor) and not tensor.is_neg() and not torch._is_zerotensor(tensor)
     )
 
 
@@ -67,12 +82,12 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """
     if backend != "reference" and torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         return "pooled"
-    if is_transformed() and backend != "reference":
-        if backend == "auto":
-            return "pooled"
+    if is_transformed() and backend == "auto":
+        return "pooled"
+    if backend != "reference" and _is_differentiated_by_transform():
         raise RuntimeError(
-            f'backend="{backend}" cannot serve a transform of torch.func or a forward-mode '
-            "derivative: its kernels know neither. Usable here: auto, reference"
+            f'backend="{backend}" cannot serve a derivative of torch.func or in forward mode: its '
+            "kernels have none of either. Usable here: auto, reference"
         )
     if backend != "auto":
         reason = unavailable_reason(backend, device, dtype)

@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from sep_attn import ops, pooled, reference, triton_kernels
-from sep_attn.backends import is_observed, is_transformed, resolve, unavailable_reason
+from sep_attn.backends import (
+    has_memory,
+    is_observed,
+    is_transformed,
+    resolve,
+    unavailable_reason,
+)
 from sep_attn.layout import default_patch_size, token_shape
 from sep_attn.packed_weights import PackedWeights
 from sep_attn.validation import (
@@ -177,7 +183,7 @@ def shortest_way(
     tensors = (x, qkv_weight, qkv_bias, out_weight, out_bias)
     if x.is_cpu and backend in ("auto", "native"):
         return _shortest_native_way(tensors, value_act, patch_size, packed)
-    if backend == "triton" or (backend == "auto" and (x.is_cuda or x.is_xpu)):
+    if backend in ("auto", "triton") and (x.is_cuda or x.is_xpu or x.is_cpu):
         return _shortest_triton_way(tensors, value_act, patch_size)
     return None
 
@@ -224,7 +230,7 @@ def _shortest_native_way(
         return None
 
 
-_PLAIN = {Parameter, Tensor, type(None)}
+_NO_SUBCLASSES = {Parameter, Tensor, type(None)}
 # What was checked of calls that Triton served, and the patch that goes with it.
 _CHECKED: dict[tuple[Any, ...], tuple[int, int]] = {}
 _MOST_CHECKED = 1024
@@ -240,14 +246,15 @@ def _shortest_triton_way(
         x.dtype == torch.float64
         or torch.is_autocast_enabled(x.device.type)
         or is_observed()
-        or not _PLAIN.issuperset(map(type, tensors))
+        or not has_memory(x)
+        or not _NO_SUBCLASSES.issuperset(map(type, tensors))
     ):
         return None
     kind = (
         value_act,
-        patch_size,
+        patch_size and tuple(patch_size),
         *[
-            None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+            None if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.is_neg())
             for tensor in tensors
         ],
     )
@@ -275,6 +282,8 @@ def _check_for_triton(
     """The patch of a call that fits and that Triton can serve, else None."""
     x, qkv_weight, qkv_bias, out_weight, out_bias = tensors
     if qkv_weight is None or out_weight is None:
+        return None
+    if not all(tensor is None or has_memory(tensor) for tensor in tensors):
         return None
     try:
         patch = check_separable_attention(

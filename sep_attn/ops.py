@@ -43,9 +43,10 @@ from torch import Tensor
 from torch._library import triton as triton_library
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.autograd import forward_ad
 
 from sep_attn import pooled, reference, triton_kernels
-from sep_attn.backends import is_observed
+from sep_attn.backends import has_memory, is_observed, is_transformed
 from sep_attn.layout import (
     accumulate_dtype,
     keeps_values,
@@ -97,9 +98,24 @@ def _in_memory_once(value: Any) -> Any:
     return value
 
 
+def _refuse_tangents(gradients: Sequence[Tensor | None]) -> None:
+    if forward_ad._current_level >= 0 and any(
+        gradient is not None and forward_ad.unpack_dual(gradient).tangent is not None
+        for gradient in gradients
+    ):
+        raise NotImplementedError(
+            "sep_attn's backward pass has no forward-mode derivative; "
+            'use backend="reference" where one is needed'
+        )
+
+
 def _differentiate(
-    name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
+    name: str, setup_context: Callable[..., None], formula: Callable[..., Any]
 ) -> None:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        _refuse_tangents(grads)
+        return formula(ctx, *grads)
+
     torch.library.register_autograd(
         f"sep_attn::{name}", backward, setup_context=setup_context, lib=_library
     )
@@ -125,14 +141,19 @@ def _differentiate(
 
 
 # The same formulas for calls from Python: torch.library's way to a formula, and autograd's to one
-# with a setup_context, take about 100 microseconds a call. Compilers, which need them, go through
-# the operator.
+# with a setup_context, take about 100 microseconds a call. Compilers and vmap, which need them, go
+# through the operator.
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
 
 def _call(name: str, backend: str, args: tuple[Any, ...]) -> Any:
     function = _FUNCTIONS.get(f"{name}_{backend}")
-    if function is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if (
+        function is None
+        or not torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or is_transformed()
+    ):
         return _operator(name, backend)(*args)
     return function.apply(*args)
 
@@ -560,6 +581,7 @@ def _self_attention_function(
             needed, options = ctx.needs_input_grad, ctx.options
             tensors = (grad_out, None, x, None, qkv_weight, qkv_bias, out_weight, None, *kept)
             needs = needed[0], True in needed[1:]
+            _refuse_tangents((grad_out,))
             if torch.is_grad_enabled():  # for a second derivative, which the operator refuses
                 grads = operator(*tensors, *options, *needs)
             else:
@@ -580,9 +602,9 @@ def _self_attention_function(
 
 
 def _launch_backward(grad_out: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    """Triton's launcher at once, unless an operator is looked for; vmap hides a batch of gradients
-    in one without memory."""
-    if is_observed() or not torch._C._has_storage(grad_out):
+    """Triton's launcher at once, unless an operator is looked for, or is to make of the gradient
+    one that lies in memory: vmap hides a batch in it, complex numbers leave it to be negated."""
+    if is_observed() or not has_memory(grad_out):
         return _operator("separable_attention_backward", "triton")(grad_out, *others)
     return triton_kernels.separable_attention_backward(grad_out, *others)
 

@@ -270,6 +270,54 @@ def test_gradients_of_a_batch_of_gradients(layer: SeparableAttention, ways: list
     assert ways == ["short"]
 
 
+def test_tensors_whose_values_lie_elsewhere(layer: SeparableAttention) -> None:
+    """Yet to be negated, as complex numbers leave them, or zeros without memory."""
+    negative = torch.randn(2, 10, DIM, dtype=torch.complex64).conj().imag
+    assert negative.is_neg()
+    with torch.no_grad():
+        for training in (True, False):
+            layer.train(training)
+            assert torch.equal(layer(negative), layer(negative.clone()))
+    x = torch.randn(2, 10, DIM, requires_grad=True)
+    out = layer.train()(x)
+    for gradient in (negative, torch._efficientzerotensor(out.shape, device=out.device)):
+        dense = gradient.clone() if gradient.is_neg() else torch.zeros_like(out)
+        (got,) = torch.autograd.grad(out, x, gradient, retain_graph=True)
+        (expected,) = torch.autograd.grad(out, x, dense, retain_graph=True)
+        assert torch.equal(got, expected)
+    bias = layer.qkv_proj.bias
+    layer.qkv_proj.bias = nn.Parameter(torch.complex(bias, -bias).conj().imag.detach())
+    assert layer.qkv_proj.bias.is_neg()
+    assert torch.equal(layer(x), out)
+
+
+def test_parameters_of_a_subclass(layer: SeparableAttention, ways: list[str]) -> None:
+    subclass = layer.out_proj.weight.detach().as_subclass(_Subclass)
+    layer.out_proj.weight = nn.Parameter(subclass)
+    assert type(layer.out_proj.weight) is _Subclass
+    layer(torch.randn(2, 10, DIM, requires_grad=True))
+    assert ways == ["long"]
+
+
+def test_meta_tensors_are_refused_as_on_the_long_way(
+    layer: SeparableAttention, backend: str, ways: list[str]
+) -> None:
+    x = torch.empty(2, 10, DIM, device="meta")
+    with pytest.raises(ValueError, match=r"qkv_weight is on .* but x is on meta"):
+        layer(x)
+    with pytest.raises(RuntimeError, match=f'"{backend}" cannot serve .*meta'):
+        layer.to("meta")(x)
+    assert ways == ["long"] * 2
+
+
+def test_a_patch_size_set_later(layer: SeparableAttention) -> None:
+    x = torch.randn(2, DIM, 4, 6)
+    layer.patch_size = [2, 2]
+    out = layer(x)
+    layer.patch_size = (2, 2)
+    assert torch.equal(layer(x), out)
+
+
 def test_triton_without_gradients_gives_the_same_bits(
     layer: SeparableAttention, backend: str, ways: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,7 +343,13 @@ def test_who_looks_at_operators_sees_them(
         with torch.profiler.profile() as profile:
             layer(x)
         traced = torch.jit.trace(layer, x, check_trace=False)
+    y = x.clone().requires_grad_()
+    out = layer.train()(y)
+    with FlopCounterMode(display=False) as backward_counter:
+        out.sum().backward()
     assert counter.get_total_flops() > 0
+    assert backward_counter.get_total_flops() > counter.get_total_flops()
     assert any("sep_attn::separable_attention" in event.name for event in profile.events())
     assert "sep_attn::separable_attention" in str(traced.inlined_graph)
-    assert ways == ["long" if backend == "triton" else "short"] * len(ways)
+    assert ways[-1] == "short"
+    assert ways[:-1] == ["long" if backend == "triton" else "short"] * (len(ways) - 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_layer import backend_or_skip
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -149,3 +150,31 @@ def test_a_backend_named_by_hand_is_refused(device: str) -> None:
     grad(resolve_all)(torch.ones(2))
     assert found == {"auto": "pooled", "reference": "reference"}
     assert backends.resolve("auto", torch.device("cpu"), torch.float32) == "native"
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_vmap_calls_a_backend_named_by_hand_for_every_sample(backend: str) -> None:
+    backend_or_skip(backend, torch.device("cpu"), torch.float32)
+    layer, expected = pair()
+    layer.float().backend, x = backend, torch.randn(3, 5, DIM)
+    out = vmap(lambda one: layer(one[None]))(x)
+    torch.testing.assert_close(out[:, 0], expected.float()(x))
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_tangent_of_the_gradient_is_refused(backend: str) -> None:
+    """Of an output that was made before."""
+    backend_or_skip(backend, torch.device("cpu"), torch.float32)
+    x = torch.randn(2, 5, DIM, requires_grad=True)
+    for options in ({}, {"need_weights": True}):  # the short way and the long one
+        layer = SeparableAttention(DIM, backend=backend)
+        out = layer(x, **options)
+        out = out[0] if options else out
+
+        def backward(gradient: Tensor, out: Tensor = out) -> Tensor:
+            return torch.autograd.grad(out, x, gradient, retain_graph=True)[0]
+
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            jvp(backward, (out.detach(),), (out.detach(),))
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+            backward(forward_ad.make_dual(out.detach(), out.detach()))

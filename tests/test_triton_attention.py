@@ -143,6 +143,24 @@ def test_more_slices_a_tile_than_a_block_of_them_has(
     check_layer(separable_attention, case, torch.float32, device, backend="triton")
 
 
+@pytest.mark.parametrize(
+    "arch, dtype, precision, expected",
+    [
+        ("sm_90", torch.bfloat16, "ieee", "tf32x3"),
+        ("sm_80", torch.float16, "ieee", "tf32x3"),
+        ("sm_90", torch.float32, "ieee", "ieee"),
+        ("sm_90", torch.float32, "tf32", "tf32x3"),  # torch allows TF32: not for rows of slices
+        ("sm_75", torch.float16, "ieee", "ieee"),
+        ("gfx942", torch.bfloat16, "ieee", "ieee"),
+    ],
+)
+def test_rows_of_slices_are_not_rounded_to_tf32(
+    arch: str, dtype: torch.dtype, precision: str, expected: str
+) -> None:
+    made = attention.Call(arch, dtype, (2, 9, 16), (2, 9, 16), 1, 1, "relu", precision)
+    assert attention._slice_precision(made) == expected
+
+
 class _Operators(TorchDispatchMode):
     """The names of all operators called that compute something."""
 

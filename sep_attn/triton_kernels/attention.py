@@ -499,16 +499,16 @@ def _value_gate_weights(call: Call, operands: Operands) -> tuple[int, Launch]:
 
 
 class BackwardPlan(NamedTuple):
-    """The launches of a backward pass: up to the sums over tiles, and from there on. Between them
-    the tiles of each slice, ``partial_shape[1]``, are summed where that is not the kernels' work.
+    """The launches of a backward pass, before and after the tiles of each slice,
+    ``partial_shape[1]``, are summed where that is not the kernels' work.
 
     ``scratch`` are the float32 values of each tensor that only the launches use, by name.
     """
 
-    tokens: tuple[Launch, ...]
+    before_sums: tuple[Launch, ...]
     partial_shape: tuple[int, ...]
     sum_tiles: bool
-    slices: tuple[Launch, ...]
+    after_sums: tuple[Launch, ...]
     scratch: dict[str, int]
     keeps_gated: bool
 
@@ -564,10 +564,12 @@ def _context(
 
 
 def _slice_precision(call: Call) -> str:
-    """Of float32 rows of slices times a weight: in half precision it is exact in TF32, in which
-    three products make up for what the rows lose."""
+    """Of rows of slices, in float32, times W_K. What is rounded here the softmax does not take back
+    (:func:`scoring.context_bwd_kernel`): three products in TF32 stand for one, even where torch
+    allows a single one."""
     has_tensor_cores = call.arch.startswith("sm_") and int(call.arch[3:]) >= 80
-    return "tf32x3" if call.itemsize == 2 and has_tensor_cores else call.precision
+    may_round = call.itemsize == 2 or call.precision == "tf32"
+    return "tf32x3" if has_tensor_cores and may_round else "ieee"
 
 
 @planned
@@ -609,11 +611,11 @@ def _plan_backward(
             sums_ptr="grad_value_weight_ptr",
             rest_ptr="grad_out_weight_ptr",
         )
-        launches = [first, sums]
+        before_sums = [first, sums]
         scratch["weight_partial_ptr"] = _most(splits, WEIGHT_PROGRAMS) * 2 * matrix
     else:
         first = _value_gate(call, operands)
-        launches = [first]
+        before_sums = [first]
         if need_weight_grad:
             for a, b, a_like, b_like, sums_ptr in (
                 ("grad_out_ptr", "gated_ptr", "grad_out", "like", "grad_out_weight_ptr"),
@@ -624,7 +626,7 @@ def _plan_backward(
                 sums = _sum_parts(
                     splits, matrix, partial_ptr="weight_partial_ptr", sums_ptr=sums_ptr
                 )
-                launches += [product, sums]
+                before_sums += [product, sums]
             scratch["weight_partial_ptr"] = _most(splits, WEIGHT_PROGRAMS) * matrix
 
     context_launch, blocks, sum_tiles = _context(call, operands, first, need_weight_grad)
@@ -634,13 +636,13 @@ def _plan_backward(
         "slice_grads_ptr": slices * 2,
         "score_partial_ptr": source_launch.programs * (channels + 1),
     }
-    of_slices = [context_launch, source_launch]
+    after_sums = [context_launch, source_launch]
     if need_input_grad:
-        of_slices.append(_input_product(call, operands, separate))
+        after_sums.append(_input_product(call, operands, separate))
     if need_weight_grad:
         scratch["grad_context_ptr"] = slices * channels
         scratch["bias_partial_ptr"] = blocks * 3 * channels
-        of_slices += [
+        after_sums += [
             _sum_parts(
                 blocks,
                 3 * channels,
@@ -659,10 +661,10 @@ def _plan_backward(
             ),
         ]
     return BackwardPlan(
-        tuple(launches),
+        tuple(before_sums),
         _partial_shape(first),
         sum_tiles,
-        tuple(of_slices),
+        tuple(after_sums),
         scratch,
         need_weight_grad and not at_once,
     )
@@ -839,10 +841,10 @@ def separable_attention_backward(
             "grad_out_bias_ptr": grad_out_bias,
         }
     if plan.sum_tiles:
-        run(plan.tokens, x.device, tensors)
-        run(plan.slices, x.device, tensors | {"partial_ptr": partial.sum(1)})
+        run(plan.before_sums, x.device, tensors)
+        run(plan.after_sums, x.device, tensors | {"partial_ptr": partial.sum(1)})
     else:
-        run((*plan.tokens, *plan.slices), x.device, tensors)
+        run((*plan.before_sums, *plan.after_sums), x.device, tensors)
     if need_weight_grad:
         grad_context = scratch["grad_context_ptr"][: slices * channels].view(slices, channels)
         product = grad_context.T @ statistics[:, :channels]

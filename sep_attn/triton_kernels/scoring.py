@@ -303,7 +303,8 @@ def context_bwd_kernel(
     BLOCK_E: tl.constexpr,
 ):
     # A program sums the tiles of BLOCK_S slices, which are those of whole tiles, and multiplies by
-    # some columns of W_K. The sum of p dp is c . dc, for c is W_K xbar + sigma b_K.
+    # some columns of W_K. The sum of p dp is c . dc, for c is W_K xbar + sigma b_K; how the product
+    # is rounded it does not feel.
     EVEN: tl.constexpr = D % BLOCK_E == 0
     ROWS: tl.constexpr = SLICES + 2
     i_block, d = program_columns(D, BLOCK_E)  # d: [BLOCK_E]
