@@ -606,9 +606,13 @@ def value_gate_weights_bwd_kernel(
         grad_value_weights = new_value_weights
         grad_out_weights = new_out_weights
 
+    # Worked out anew, where the compiler would keep it through the loop: the second program index
+    # is always 0.
+    i_split, e = program_columns(D, BLOCK_E)
+    e += tl.program_id(1)
     weight_partial_ptr += i_split.to(tl.int64) * (2 * D * D)
     for i in tl.static_range(len(CHUNKS)):
-        d = chunk_channels(CHUNKS, i)
+        d = chunk_channels(CHUNKS, i) + tl.program_id(1)
         mask = (d < D)[:, None] & (e < D)[None, :]
         transposed = weight_partial_ptr + e[None, :] * D + d[:, None]
         tl.store(transposed, grad_value_weights[i], mask=mask)
