@@ -28,6 +28,7 @@ from sep_attn import SeparableAttention, functional, ops, triton_kernels
 from sep_attn.triton_kernels import attention, launch
 
 WARM_UP = 200
+GPU = torch.device("cuda", 0)
 BATCHES = (1, 64)  # a long slice, and short ones
 
 
@@ -35,10 +36,11 @@ BATCHES = (1, 64)  # a long slice, and short ones
 def launching_nothing() -> Iterator[None]:
     """Inside, CPU tensors go to Triton's kernels, and nothing runs. The driver stays."""
     driver.set_active(QuietDriver())
+    current_stream = launch.current_stream
     with (
         mock.patch.object(triton_kernels, "unavailable_reason", lambda _: None),
         mock.patch.object(attention, "architecture", lambda _: TARGET),
-        mock.patch.object(launch, "current_stream", lambda _: 0),
+        mock.patch.object(launch, "current_stream", lambda _: current_stream(GPU)),
     ):
         yield
 

@@ -267,6 +267,7 @@ def _shortest_triton_way(
             _CHECKED.clear()
         _CHECKED[kind] = patch
     if _differentiated(tensors):
+        # Gradients have the shapes of matrices; forward, all that counts is where weights begin.
         matrices = [
             tensor.flatten(1) if tensor is not None and tensor.dim() == 4 else tensor
             for tensor in tensors[1:]

@@ -283,6 +283,17 @@ def context_combine_kernel(
 TILES_AT_ONCE = tl.constexpr(4)
 
 
+@triton.jit
+def sum_tiles(ptrs, mask, band_tiles, step):
+    # Of what lies at ``ptrs`` in the first tile of a band, and ``step`` values further in the next.
+    total = tl.zeros(ptrs.shape, tl.float32)
+    for first_tile in range(0, band_tiles, TILES_AT_ONCE):
+        for i in tl.static_range(TILES_AT_ONCE):
+            i_tile = first_tile + i
+            total += tl.load(ptrs + i_tile * step, mask=mask & (i_tile < band_tiles), other=0.0)
+    return total
+
+
 @triton.jit(do_not_specialize=VARYING)
 def context_bwd_kernel(
     partial_ptr,  # [tiles, SLICES + 2, D]: gradient of each context | of b_V | of b_O
@@ -321,12 +332,7 @@ def context_bwd_kernel(
     for first_e in range(0, D + tl.program_id(1), BLOCK_E):
         e = first_e + tl.arange(0, BLOCK_E)  # [BLOCK_E]
         mask = inside[:, None] & (e < D)[None, :]
-        grad_context = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
-        for first_tile in range(0, band_tiles, TILES_AT_ONCE):
-            for i in tl.static_range(TILES_AT_ONCE):
-                i_tile = first_tile + i
-                ptrs = row_ptrs[:, None] + i_tile * (ROWS * D) + e[None, :]
-                grad_context += tl.load(ptrs, mask=mask & (i_tile < band_tiles), other=0.0)
+        grad_context = sum_tiles(row_ptrs[:, None] + e[None, :], mask, band_tiles, ROWS * D)
         context = tl.load(slice_ptrs[:, None] + D + e[None, :], mask=mask, other=0.0)
         delta += tl.sum(grad_context * context, axis=1)
         if qkv_bias_ptr is not None:
@@ -348,18 +354,10 @@ def context_bwd_kernel(
         side = i_block.to(tl.int64) * (BLOCK_S // SLICES) + tl.arange(0, BLOCK_S // SLICES)
         side_ptrs = partial_ptr + (side * band_tiles * ROWS + SLICES) * D
         side_mask = (side * SLICES < slices)[:, None] & columns_inside[None, :]
-        grad_context = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
-        grad_value_bias = tl.zeros((BLOCK_S // SLICES, BLOCK_E), tl.float32)
-        grad_out_bias = tl.zeros((BLOCK_S // SLICES, BLOCK_E), tl.float32)
-        for first_tile in range(0, band_tiles, TILES_AT_ONCE):
-            for i in tl.static_range(TILES_AT_ONCE):
-                i_tile = first_tile + i
-                is_tile = i_tile < band_tiles
-                ptrs = row_ptrs[:, None] + i_tile * (ROWS * D) + d[None, :]
-                grad_context += tl.load(ptrs, mask=mask & is_tile, other=0.0)
-                ptrs = side_ptrs[:, None] + i_tile * (ROWS * D) + d[None, :]
-                grad_value_bias += tl.load(ptrs, mask=side_mask & is_tile, other=0.0)
-                grad_out_bias += tl.load(ptrs + D, mask=side_mask & is_tile, other=0.0)
+        grad_context = sum_tiles(row_ptrs[:, None] + d[None, :], mask, band_tiles, ROWS * D)
+        bias_ptrs = side_ptrs[:, None] + d[None, :]
+        grad_value_bias = sum_tiles(bias_ptrs, side_mask, band_tiles, ROWS * D)
+        grad_out_bias = sum_tiles(bias_ptrs + D, side_mask, band_tiles, ROWS * D)
         tl.store(grad_context_ptr + own, grad_context, mask=mask)
         weight_sum = tl.load(slice_ptrs + 2 * D, mask=inside, other=0.0)  # [BLOCK_S]
         grad_key_bias = tl.sum(weight_sum[:, None] * grad_context, axis=0)
