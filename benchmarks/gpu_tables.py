@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import gc
 import itertools
 import math
 import time
@@ -339,6 +340,7 @@ def cuda_peak(call: measure.Call) -> int:
     """Bytes that a call allocates beyond what was there, at its peak."""
     call()
     torch.cuda.synchronize()
+    gc.collect()  # autograd's thread may hold the last results for a moment longer
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     call()

@@ -54,7 +54,8 @@ from sep_attn.triton_kernels import attention
 @dataclasses.dataclass(frozen=True)
 class TraceCase:
     """A call between two neighbours, with N symbolic; ``serves`` and ``leaves`` list other N that
-    its graph is to serve and to leave to another."""
+    its graph is to serve and to leave to another. ``"function"`` is the layer as a function of its
+    weights, with every size symbolic, D among them."""
 
     shape: tuple[int, ...]
     serves: tuple[int, ...] = ()
@@ -78,6 +79,7 @@ CASES = {
     "wide training": TraceCase((8, 300, 640), (129, 1000), training=True, masked=True),
     "patches": TraceCase((64, 128, 4, 256), (64, 72, 1000), (49, 1032), bias=False),
     "ragged patches": TraceCase((64, 128, 4, 49), (7, 197, 1001), (64, 1025), training=True),
+    "every size": TraceCase((8, 4096, 128), kind="function", training=True),
     "pool": TraceCase((4, 1000, 96), (2, 17, 65_536), kind="pool", training=True),
     "gate": TraceCase((4, 1000, 96), (2, 17, 65_536), kind="gate", training=True),
 }
@@ -100,6 +102,11 @@ def program_of(case: TraceCase) -> tuple[Callable[..., Tensor], tuple[Tensor, ..
         context = torch.zeros(case.shape[0], case.shape[2], dtype=dtype, requires_grad=True)
         return lambda x, c: functional.gate(x.sin(), c, backend="triton") + x, (x, context)
     dim = case.shape[2 if len(case.shape) == 3 else 1]
+    if case.kind == "function":
+        sizes = (1 + 2 * dim, dim), (1 + 2 * dim,), (dim, dim), (dim,)
+        weights = [torch.zeros(size, dtype=dtype, requires_grad=case.training) for size in sizes]
+        layer = functional.separable_attention
+        return lambda x, *weights: layer(x.sin(), *weights, backend="triton") + x, (x, *weights)
     layer = SeparableAttention(
         dim, case.dropout, bias=case.bias, backend="triton", dtype=dtype
     ).train(case.training)
@@ -167,7 +174,8 @@ def trace(case: TraceCase) -> list[dict[str, Any]]:
     torch._dynamo.reset()
     function, arguments = program_of(case)
     with torch.set_grad_enabled(case.training), contextlib.suppress(Traced):
-        torch.compile(function, backend=backend, fullgraph=True)(*arguments)
+        dynamic = True if case.kind == "function" else None
+        torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*arguments)
     expressions = {guard.expr for guard in guards}
     # All symbols stand for N: that of x, and that of a mask or of scores, until they are compared.
     symbols = set().union(*(expression.free_symbols for expression in expressions))

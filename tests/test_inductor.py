@@ -48,6 +48,8 @@ KERNELS = {
     ("patches", "forward"): ["slice_fwd_kernel"],
     ("ragged patches", "forward"): ["slice_fwd_kernel"],
     ("ragged patches", "backward"): [*BACKWARD, "value_gate_weights_bwd_kernel"],
+    ("every size", "forward"): LONG,
+    ("every size", "backward"): [*BACKWARD, "value_gate_weights_bwd_kernel"],
     ("pool", "forward"): ["context_pool_combine_kernel", "context_pool_fwd_kernel"],
     ("pool", "backward"): ["context_pool_bwd_kernel"],
     ("gate", "forward"): ["gate_fwd_kernel"],

@@ -310,6 +310,9 @@ def test_opcheck_of_the_layers_backward(
             need_input_grad,
             need_weight_grad,
         ),
+        # With as many tokens as a symbol says, sums are added in another order.
+        rtol=1e-5,
+        atol=1e-3,
     )
 
 

@@ -18,7 +18,8 @@ from test_triton_kernels import huge_memory, name_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sep_attn import ops
+from benchmarks.cpu.memory import tensor_bytes
+from sep_attn import SeparableAttention, ops
 from sep_attn.functional import separable_attention
 from sep_attn.layout import default_patch_size, token_shape
 
@@ -403,6 +404,58 @@ def test_no_more_than_the_input_is_saved_for_backward(device: torch.device) -> N
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
         ops.separable_attention("triton", *call(leaves))
     assert sum(value.numel() for value in saved) == 2 * 60 + 2 * (2 * 24 + 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts a CPU's allocations")
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
+def test_a_training_step_holds_the_output_and_one_gradient(
+    dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dx lies where dv did, and what one program leaves for another is a share of it."""
+    monkeypatch.setattr(attention, "architecture", lambda _: "sm_90")
+    monkeypatch.setattr(attention, "run", lambda *_: None)
+    forget_plans()
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    layer = SeparableAttention(dim, backend="triton", dtype=torch.bfloat16)
+    x = torch.empty(1024, 256, dim, dtype=torch.bfloat16, requires_grad=True)
+    grad_out = torch.empty_like(x)
+
+    def step() -> tuple[Tensor, ...]:
+        out = layer(x)
+        return out, *torch.autograd.grad(out, [x, *layer.parameters()], grad_out)
+
+    step()
+    _, peak, _ = tensor_bytes(step)
+    assert peak <= 2.32 * x.nbytes
+
+
+@pytest.mark.parametrize(
+    "dim, dtype, in_place",
+    [
+        (192, torch.bfloat16, True),
+        (256, torch.float16, True),
+        (257, torch.bfloat16, False),  # programs share a token's channels out
+        (64, torch.float32, True),
+        (65, torch.float32, False),
+    ],
+)
+def test_dx_takes_the_place_of_dv_where_a_program_has_all_channels(
+    dim: int, dtype: torch.dtype, in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "architecture", lambda _: "sm_90")
+    forget_plans()
+    x = torch.zeros(1, 16, dim, dtype=dtype)
+    tensors = [x, None, x.new_zeros(1 + 2 * dim, dim), None, x.new_zeros(dim, dim), None]
+    given: list[dict[str, Tensor | None]] = []
+    monkeypatch.setattr(attention, "run", lambda _, __, tensors: given.append(tensors))
+    options = (None, 0.0, "relu", 1, 1)
+    _, weights, statistics = attention.separable_attention(*tensors, None, *options)
+    saved = (weights, statistics)
+    grads = attention.separable_attention_backward(
+        x, None, *tensors[:5], None, *saved, *options[1:], True, True
+    )
+    assert (given[-1]["grad_v_ptr"] is grads[0]) == in_place
+    assert given[-1]["grad_x_ptr"] is grads[0]
 
 
 def test_float64_is_refused_by_the_operator(device: torch.device) -> None:

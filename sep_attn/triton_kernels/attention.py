@@ -71,8 +71,10 @@ SPLIT_PROGRAMS = 512
 COMBINE_ROWS = 128
 COMBINE_CHANNELS = 128
 COMBINE_COLUMNS = 32
-# The tokens are split until about this many programs work on a weight's gradient.
+# The tokens are split until about this many programs work on a weight's gradient; those that work
+# on both, until they have about this many warps: of eight, one program fills a multiprocessor.
 WEIGHT_PROGRAMS = 264
+WEIGHT_WARPS = 1056
 # What one row a slice needs in backward: slices and columns of a program, and tiles of a slice that
 # it sums; more are summed before.
 CONTEXT_SLICES = 16
@@ -454,13 +456,14 @@ def separable_attention_inference(*arguments: Any) -> Tensor:
 
 def _weight_grad(
     call: Call, operands: Operands, a: str, b: str, **names: str
-) -> tuple[int, Launch]:
-    """Into how many parts ``a^T b`` is split, and the launch that makes them."""
+) -> tuple[int, int, Launch]:
+    """Into how many parts ``a^T b`` is split, how many there is to be room for, and the launch."""
     config = call.config("weight_grad_kernel", operands.channels)
     tiles = _tiles_of(operands, operands.grid, config.tokens)
     columns = min(config.columns, _padded(operands.channels))
     blocks = triton.cdiv(operands.channels, columns) ** 2
-    splits, part_tiles = split_tiles(tiles["tiles"], WEIGHT_PROGRAMS // blocks)
+    most = WEIGHT_PROGRAMS // blocks
+    splits, part_tiles = split_tiles(tiles["tiles"], most)
     arguments = {
         **_of_call(operands, operands.grid),
         **operands.of_tensors(a=a, b=b),
@@ -472,16 +475,18 @@ def _weight_grad(
         "BLOCK_J": columns,
     }
     launch = Launch(products.weight_grad_kernel, blocks * splits, arguments, **names)
-    return splits, launch
+    return splits, _most(splits, most), launch
 
 
-def _value_gate_weights(call: Call, operands: Operands) -> tuple[int, Launch]:
-    """Into how many parts the tokens are split, and the launch."""
+def _value_gate_weights(call: Call, operands: Operands) -> tuple[int, int, Launch]:
+    """Into how many parts the tokens are split, how many there is to be room for, and the
+    launch."""
     config = call.config("value_gate_weights_bwd_kernel", operands.channels)
     tiles = _tiles_of(operands, operands.grid, config.tokens)
     block = min(config.columns, _padded(operands.channels))
     columns = triton.cdiv(operands.channels, block)
-    splits, part_tiles = split_tiles(tiles["tiles"], WEIGHT_PROGRAMS // columns)
+    most = WEIGHT_WARPS // config.warps // columns
+    splits, part_tiles = split_tiles(tiles["tiles"], most)
     arguments = {
         **_of_call(operands, operands.grid),
         **operands.of_tensors("grad_out", "x", grad_v="like"),
@@ -495,22 +500,32 @@ def _value_gate_weights(call: Call, operands: Operands) -> tuple[int, Launch]:
         "PRECISION": call.precision,
         "BLOCK_E": block,
     }
-    return splits, Launch(fused.value_gate_weights_bwd_kernel, columns * splits, arguments)
+    launch = Launch(fused.value_gate_weights_bwd_kernel, columns * splits, arguments)
+    return splits, _most(splits, most), launch
+
+
+def _most(count: int, most: int) -> int:
+    """``count``, which is at most ``most``, unless it is a symbol."""
+    return count if isinstance(count, int) else most
 
 
 class BackwardPlan(NamedTuple):
     """The launches of a backward pass, before and after the tiles of each slice,
     ``partial_shape[1]``, are summed where that is not the kernels' work.
 
-    ``scratch`` are the float32 values of each tensor that only the launches use, by name.
+    ``scratch_before`` and ``scratch_after`` are the float32 values of each tensor that only the
+    launches before, or after, use, by name. ``in_place``: dx may take the place of dv, for a
+    program reads all channels of its tokens before it writes them.
     """
 
     before_sums: tuple[Launch, ...]
     partial_shape: tuple[int, ...]
     sum_tiles: bool
     after_sums: tuple[Launch, ...]
-    scratch: dict[str, int]
+    scratch_before: dict[str, int]
+    scratch_after: dict[str, int]
     keeps_gated: bool
+    in_place: bool
 
 
 def _sum_parts(splits: int, values: int, first_values: int | None = None, **names: str) -> Launch:
@@ -598,11 +613,11 @@ def _plan_backward(
     )
     channels, slices = operands.channels, operands.slices
     matrix = channels * channels
-    scratch = {}
+    before: dict[str, int] = {}
 
     at_once = need_weight_grad and channels <= MOST_FUSED_BACKWARD_CHANNELS[call.itemsize]
     if at_once:
-        splits, first = _value_gate_weights(call, operands)
+        splits, parts, first = _value_gate_weights(call, operands)
         sums = _sum_parts(
             splits,
             2 * matrix,
@@ -612,7 +627,7 @@ def _plan_backward(
             rest_ptr="grad_out_weight_ptr",
         )
         before_sums = [first, sums]
-        scratch["weight_partial_ptr"] = _most(splits, WEIGHT_PROGRAMS) * 2 * matrix
+        before["weight_partial_ptr"] = parts * 2 * matrix
     else:
         first = _value_gate(call, operands)
         before_sums = [first]
@@ -622,26 +637,29 @@ def _plan_backward(
                 ("grad_v_ptr", "x_ptr", "like", "x", "grad_value_weight_ptr"),
             ):
                 names = {"a_ptr": a, "b_ptr": b, "partial_ptr": "weight_partial_ptr"}
-                splits, product = _weight_grad(call, operands, a_like, b_like, **names)
+                splits, parts, product = _weight_grad(call, operands, a_like, b_like, **names)
                 sums = _sum_parts(
                     splits, matrix, partial_ptr="weight_partial_ptr", sums_ptr=sums_ptr
                 )
                 before_sums += [product, sums]
-            scratch["weight_partial_ptr"] = _most(splits, WEIGHT_PROGRAMS) * matrix
+            before["weight_partial_ptr"] = parts * matrix
 
     context_launch, blocks, sum_tiles = _context(call, operands, first, need_weight_grad)
     source_launch = _source(call, operands, separate)
-    scratch |= {
+    after = {
         "grad_pooled_ptr": slices * channels,
         "slice_grads_ptr": slices * 2,
         "score_partial_ptr": source_launch.programs * (channels + 1),
     }
     after_sums = [context_launch, source_launch]
+    in_place = False
     if need_input_grad:
-        after_sums.append(_input_product(call, operands, separate))
+        product = _input_product(call, operands, separate)
+        in_place = product.arguments["BLOCK_E"] >= channels
+        after_sums.append(product)
     if need_weight_grad:
-        scratch["grad_context_ptr"] = slices * channels
-        scratch["bias_partial_ptr"] = blocks * 3 * channels
+        after["grad_context_ptr"] = slices * channels
+        after["bias_partial_ptr"] = blocks * 3 * channels
         after_sums += [
             _sum_parts(
                 blocks,
@@ -665,14 +683,11 @@ def _plan_backward(
         _partial_shape(first),
         sum_tiles,
         tuple(after_sums),
-        scratch,
+        before,
+        after,
         need_weight_grad and not at_once,
+        in_place,
     )
-
-
-def _most(count: int, most: int) -> int:
-    """``count``, which is at most ``most``, unless it is a symbol."""
-    return count if isinstance(count, int) else most
 
 
 def _value_gate(call: Call, operands: Operands) -> Launch:
@@ -790,7 +805,7 @@ def separable_attention_backward(
         return results
     qkv_weight, out_weight = qkv_weight.contiguous(), out_weight.contiguous()
     qkv_bias = None if qkv_bias is None else qkv_bias.contiguous()
-    grad_v = torch.empty_like(x)
+    values = grad_x if need_input_grad else torch.empty_like(x)
     plan = _plan_backward(
         call_of(x, source, act, patch_h, patch_w, dropout_p),
         x_prev is not None,
@@ -799,7 +814,7 @@ def separable_attention_backward(
         x.stride(),
         source.stride(),
         grad_out.stride(),
-        grad_v.stride(),
+        values.stride(),
         None if grad_source is None else grad_source.stride(),
         weights.stride(),
         None if grad_weights is None else grad_weights.stride(),
@@ -808,7 +823,9 @@ def separable_attention_backward(
     if grad_weights is not None:
         per_slice = token_view(weights * grad_weights, patch_h, patch_w)
         weights_delta = per_slice.sum((-2, -1), dtype=torch.float32).flatten()
-    scratch = _scratch(statistics, plan.scratch)
+    # A traced program has a tensor for each: Inductor would copy one that is read and written.
+    shared = not need_input_grad or (plan.in_place and not tracing.is_active())
+    scratch = _scratch(statistics, plan.scratch_before, plan.scratch_after)
     partial = statistics.new_empty(plan.partial_shape)
     tensors: dict[str, Tensor | None] = {
         "grad_out_ptr": grad_out,
@@ -823,7 +840,7 @@ def separable_attention_backward(
         "weights_delta_ptr": weights_delta,
         "grad_weights_ptr": grad_weights,
         "seed_ptr": dropout_seed,
-        "grad_v_ptr": grad_v,
+        "grad_v_ptr": values if shared else torch.empty_like(x),
         "gated_ptr": torch.empty_like(x) if plan.keeps_gated else None,
         "grad_scores_ptr": torch.empty_like(weights),
         "partial_ptr": partial,
@@ -852,10 +869,16 @@ def separable_attention_backward(
     return results
 
 
-def _scratch(like: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:
+def _scratch(like: Tensor, *groups: dict[str, int]) -> dict[str, Tensor]:
     """Uninitialised tensors of so many values or a few more, parts of one that begin at a multiple
-    of 16 bytes. A traced program has one each: of parts it would make copies."""
+    of 16 bytes. Groups lie in the same place: one is used after the other. A traced program has one
+    each: of parts it would make copies."""
     if tracing.is_active():
-        return {name: like.new_empty(size) for name, size in sizes.items()}
-    padded = [-(-size // 4) * 4 for size in sizes.values()]
-    return dict(zip(sizes, like.new_empty(sum(padded)).split(padded), strict=True))
+        return {name: like.new_empty(size) for sizes in groups for name, size in sizes.items()}
+    padded = [[-(-size // 4) * 4 for size in sizes.values()] for sizes in groups]
+    whole = like.new_empty(max(map(sum, padded)))
+    scratch: dict[str, Tensor] = {}
+    for sizes, parts in zip(groups, padded, strict=True):
+        rest = whole.numel() - sum(parts)
+        scratch |= zip(sizes, whole.split([*parts, rest]), strict=False)
+    return scratch

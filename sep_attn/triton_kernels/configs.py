@@ -116,7 +116,14 @@ SM_90: Mapping[str, Rows] = {
         None: (4, 0, 8, 2),
     },
     "value_gate_output_fwd_kernel": _FUSED_SM_90,
-    "token_product_kernel": {64: (128, 64, 4, 3), 384: (128, 128, 8, 3), None: (128, 256, 8, 3)},
+    # Up to 256 channels a program has them all: dx then takes the place of dv.
+    "token_product_kernel": {
+        64: (128, 64, 4, 3),
+        128: (128, 128, 8, 3),
+        256: (128, 256, 8, 3),
+        384: (128, 128, 8, 3),
+        None: (128, 256, 8, 3),
+    },
     "value_gate_bwd_kernel": {None: (128, 64, 8, 3)},
     "value_gate_weights_bwd_kernel": {128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
     "weight_grad_kernel": {None: (64, 128, 8, 3)},
