@@ -120,7 +120,8 @@ def run_step(step: Step, log: Path, *, limit: float) -> Outcome:
     """Runs a step, appends what it prints to ``log``, and ends it with its children in time."""
     start = time.monotonic()
     command = [*step.under, sys.executable, *step.arguments]
-    variables = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(environment.REPOSITORY)}
+    paths = filter(None, (str(environment.REPOSITORY), os.environ.get("PYTHONPATH")))
+    variables = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths)}
     variables.update(step.variables)
     variables.pop("TRITON_INTERPRET", None)  # the kernels are to run on the GPU
     with log.open("a") as file:

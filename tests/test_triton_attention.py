@@ -7,6 +7,7 @@ forced path put every kernel to work on every layout.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -644,6 +645,8 @@ def test_gradients_of_any_stride_in_the_tables_tiles(
     check_layer(separable_attention, case, torch.bfloat16, device, backend="triton")
 
 
-def test_a_launch_makes_its_tensors_device_current() -> None:
+def test_a_launch_makes_its_tensors_device_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     guard = launch.on_device(torch.device("cuda", 1))
     assert isinstance(guard, torch.accelerator.device_index) and guard.idx == 1
+    assert isinstance(launch.on_device(torch.device("cuda", 0)), contextlib.nullcontext)
