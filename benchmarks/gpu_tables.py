@@ -340,7 +340,7 @@ def cuda_peak(call: measure.Call) -> int:
     """Bytes that a call allocates beyond what was there, at its peak."""
     call()
     torch.cuda.synchronize()
-    gc.collect()  # autograd's thread may hold the last results for a moment longer
+    gc.collect()  # takes long enough for autograd's thread to let go of the last results, too
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     call()

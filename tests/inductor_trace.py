@@ -55,7 +55,7 @@ from sep_attn.triton_kernels import attention
 class TraceCase:
     """A call between two neighbours, with N symbolic; ``serves`` and ``leaves`` list other N that
     its graph is to serve and to leave to another. ``"function"`` is the layer as a function of its
-    weights, with every size symbolic, D among them."""
+    weights, with every size a symbol where it begins; D becomes a number, and is one guard."""
 
     shape: tuple[int, ...]
     serves: tuple[int, ...] = ()
@@ -79,6 +79,7 @@ CASES = {
     "wide training": TraceCase((8, 300, 640), (129, 1000), training=True, masked=True),
     "patches": TraceCase((64, 128, 4, 256), (64, 72, 1000), (49, 1032), bias=False),
     "ragged patches": TraceCase((64, 128, 4, 49), (7, 197, 1001), (64, 1025), training=True),
+    "very wide training": TraceCase((8, 300, 2176), training=True),
     "every size": TraceCase((8, 4096, 128), kind="function", training=True),
     "pool": TraceCase((4, 1000, 96), (2, 17, 65_536), kind="pool", training=True),
     "gate": TraceCase((4, 1000, 96), (2, 17, 65_536), kind="gate", training=True),
@@ -178,6 +179,7 @@ def trace(case: TraceCase) -> list[dict[str, Any]]:
         torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*arguments)
     expressions = {guard.expr for guard in guards}
     # All symbols stand for N: that of x, and that of a mask or of scores, until they are compared.
+    # (But of "every size", whose lengths nobody asks for.)
     symbols = set().union(*(expression.free_symbols for expression in expressions))
     for graph in graphs:
         graph["served"] = [

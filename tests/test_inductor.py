@@ -49,6 +49,11 @@ KERNELS = {
     ("patches", "forward"): ["slice_fwd_kernel"],
     ("ragged patches", "forward"): ["slice_fwd_kernel"],
     ("ragged patches", "backward"): [*BACKWARD, "value_gate_weights_bwd_kernel"],
+    ("very wide training", "forward"): WIDE,
+    ("very wide training", "backward"): [
+        *(*BACKWARD, "sum_parts_kernel", "value_gate_bwd_kernel"),
+        *("weight_grad_kernel", "weight_grad_kernel"),
+    ],
     ("every size", "forward"): LONG,
     ("every size", "backward"): [*BACKWARD, "value_gate_weights_bwd_kernel"],
     ("pool", "forward"): ["context_pool_combine_kernel", "context_pool_fwd_kernel"],

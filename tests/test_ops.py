@@ -310,9 +310,8 @@ def test_opcheck_of_the_layers_backward(
             need_input_grad,
             need_weight_grad,
         ),
-        # With as many tokens as a symbol says, sums are added in another order.
-        rtol=1e-5,
-        atol=1e-3,
+        # A traced program adds in another order, and sums of a thousand nearly cancel.
+        **({"rtol": 1e-5, "atol": 1e-3} if device.type == "cuda" else {}),
     )
 
 

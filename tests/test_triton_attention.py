@@ -68,6 +68,7 @@ def take_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "COMBINE_CHANNELS", 16)
     monkeypatch.setattr(attention, "COMBINE_COLUMNS", 16)
     monkeypatch.setattr(attention, "WEIGHT_PROGRAMS", 5)
+    monkeypatch.setattr(attention, "WEIGHT_WARPS", 20)
 
 
 @pytest.fixture(autouse=True)
@@ -266,8 +267,8 @@ def test_a_tile_of_fewer_slices_writes_nothing_beyond_them(
     guards: list[Tensor] = []
     new_empty = Tensor.new_empty
 
-    def guarded(self: Tensor, size: Any, **options: Any) -> Tensor:
-        wanted = torch.Size(size if isinstance(size, (tuple, list)) else (size,))
+    def guarded(self: Tensor, *size: Any, **options: Any) -> Tensor:
+        wanted = torch.Size(size[0] if isinstance(size[0], (tuple, list)) else size)
         memory = new_empty(self, wanted.numel() + 512, **options).fill_(7)
         guards.append(memory[wanted.numel() :])
         return memory[: wanted.numel()].view(wanted)

@@ -71,8 +71,9 @@ SPLIT_PROGRAMS = 512
 COMBINE_ROWS = 128
 COMBINE_CHANNELS = 128
 COMBINE_COLUMNS = 32
-# The tokens are split until about this many programs work on a weight's gradient; those that work
-# on both, until they have about this many warps: of eight, one program fills a multiprocessor.
+# The tokens are split until about this many programs of weight_grad_kernel run, and programs of
+# about this many warps of value_gate_weights_bwd_kernel: eight fill one of an H100's 132
+# multiprocessors.
 WEIGHT_PROGRAMS = 264
 WEIGHT_WARPS = 1056
 # What one row a slice needs in backward: slices and columns of a program, and tiles of a slice that
@@ -129,7 +130,13 @@ class Call(NamedTuple):
 
     def operands(self, of_x: Strides, of_source: Strides) -> Operands:
         sides = (self.shape, of_x), (self.source_shape, of_source)
-        return Operands(self.itemsize, self.patch_h, self.patch_w, *sides)
+        operands = Operands(self.itemsize, self.patch_h, self.patch_w, *sides)
+        # The layer's kernels are compiled for D, which a traced program may have as a symbol.
+        channels = int(operands.channels)
+        operands.channels = channels
+        operands.grid = operands.grid._replace(channels=channels)
+        operands.source = operands.source._replace(channels=channels)
+        return operands
 
 
 def call_of(
@@ -463,7 +470,7 @@ def _weight_grad(
     tiles = _tiles_of(operands, operands.grid, config.tokens)
     columns = min(config.columns, _padded(operands.channels))
     blocks = triton.cdiv(operands.channels, columns) ** 2
-    most = WEIGHT_PROGRAMS // blocks
+    most = max(1, WEIGHT_PROGRAMS // blocks)
     splits, part_tiles = split_tiles(tiles["tiles"], most)
     arguments = {
         **_of_call(operands, operands.grid),
@@ -486,7 +493,7 @@ def _value_gate_weights(call: Call, operands: Operands) -> tuple[int, int, Launc
     tiles = _tiles_of(operands, operands.grid, config.tokens)
     block = min(config.columns, _padded(operands.channels))
     columns = triton.cdiv(operands.channels, block)
-    most = WEIGHT_WARPS // config.warps // columns
+    most = max(1, WEIGHT_WARPS // config.warps // columns)
     splits, part_tiles = split_tiles(tiles["tiles"], most)
     arguments = {
         **_of_call(operands, operands.grid),
@@ -506,7 +513,7 @@ def _value_gate_weights(call: Call, operands: Operands) -> tuple[int, int, Launc
 
 
 def _most(count: int, most: int) -> int:
-    """``count``, which is at most ``most``, unless it is a symbol."""
+    """``count``; where it is a symbol, the ``most`` that it can be."""
     return count if isinstance(count, int) else most
 
 
@@ -806,7 +813,7 @@ def separable_attention_backward(
         return results
     qkv_weight, out_weight = qkv_weight.contiguous(), out_weight.contiguous()
     qkv_bias = None if qkv_bias is None else qkv_bias.contiguous()
-    values = grad_x if need_input_grad else torch.empty_like(x)
+    like = grad_x if need_input_grad else torch.empty_like(x)
     plan = _plan_backward(
         call_of(x, source, act, patch_h, patch_w, dropout_p),
         x_prev is not None,
@@ -815,7 +822,7 @@ def separable_attention_backward(
         x.stride(),
         source.stride(),
         grad_out.stride(),
-        values.stride(),
+        like.stride(),
         None if grad_source is None else grad_source.stride(),
         weights.stride(),
         None if grad_weights is None else grad_weights.stride(),
@@ -825,7 +832,8 @@ def separable_attention_backward(
         per_slice = token_view(weights * grad_weights, patch_h, patch_w)
         weights_delta = per_slice.sum((-2, -1), dtype=torch.float32).flatten()
     # A traced program has a tensor for each: Inductor would copy one that is read and written.
-    shared = not need_input_grad or (plan.in_place and not tracing.is_active())
+    in_place = plan.in_place and not tracing.is_active()
+    grad_v = like if in_place or not need_input_grad else torch.empty_like(x)
     scratch = _scratch(statistics, plan.scratch_before, plan.scratch_after)
     partial = statistics.new_empty(plan.partial_shape)
     tensors: dict[str, Tensor | None] = {
@@ -841,7 +849,7 @@ def separable_attention_backward(
         "weights_delta_ptr": weights_delta,
         "grad_weights_ptr": grad_weights,
         "seed_ptr": dropout_seed,
-        "grad_v_ptr": values if shared else torch.empty_like(x),
+        "grad_v_ptr": grad_v,
         "gated_ptr": torch.empty_like(x) if plan.keeps_gated else None,
         "grad_scores_ptr": torch.empty_like(weights),
         "partial_ptr": partial,
@@ -880,6 +888,5 @@ def _scratch(like: Tensor, *groups: dict[str, int]) -> dict[str, Tensor]:
     whole = like.new_empty(max(map(sum, padded)))
     scratch: dict[str, Tensor] = {}
     for sizes, parts in zip(groups, padded, strict=True):
-        rest = whole.numel() - sum(parts)
-        scratch |= zip(sizes, whole.split([*parts, rest]), strict=False)
+        scratch |= zip(sizes, whole[: sum(parts)].split(parts), strict=True)
     return scratch

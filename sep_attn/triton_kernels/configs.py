@@ -116,7 +116,8 @@ SM_90: Mapping[str, Rows] = {
         None: (4, 0, 8, 2),
     },
     "value_gate_output_fwd_kernel": _FUSED_SM_90,
-    # Up to 256 channels a program has them all: dx then takes the place of dv.
+    # Up to 256 channels a program has them all, and dx takes the place of dv: with fewer columns
+    # backward needs another tensor as large as x (attention.BackwardPlan).
     "token_product_kernel": {
         64: (128, 64, 4, 3),
         128: (128, 128, 8, 3),

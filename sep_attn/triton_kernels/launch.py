@@ -120,9 +120,7 @@ def token_grid(shape: tuple[int, ...], patch_h: int, patch_w: int) -> TokenGrid:
         )
     if statically_known_true(rows == 1) or statically_known_true(width == 1):
         width = tokens
-    bands = batch * patch_h * patch_w
-    # Kernels are compiled for the channels: a traced program may have them as a symbol.
-    return TokenGrid(bands, tokens, width, int(channels), patch_h, patch_w, groups)
+    return TokenGrid(batch * patch_h * patch_w, tokens, width, channels, patch_h, patch_w, groups)
 
 
 def grid_strides(

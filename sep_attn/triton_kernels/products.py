@@ -5,7 +5,8 @@ the gradients of the weights.
 ``token_product_kernel`` multiplies tokens by a weight, a tile of tokens and of columns a program.
 Its epilogue adds the bias (output product), or the bias, activation and gate (value product of wide
 layers), or the pool's terms ``p~_n dxbar + ds_n w_I`` (``dx = dv W_V + ...``).
-A program that has all columns reads its tokens whole before it writes: dx then lies where dv did.
+A program that has all columns reads its tokens whole before it writes: dx then lies where dv did,
+except in a traced program.
 ``value_gate_bwd_kernel`` makes ``v = x W_V^T + b_V`` again beside ``dy = g W_O`` and from both, in
 one pass, ``dv``, the gated values, and the sums over tokens that give ``dc`` and the gradients of
 the biases. ``weight_grad_kernel`` is ``a^T b`` over all tokens, split over programs; the parts are
@@ -112,7 +113,8 @@ def token_product_kernel(
             acc += tl.where(felt[:, None], weights[:, None] * row[None, :], 0.0)
         grad_scores = load_values(grad_scores_ptr, grad_scores_strides, tile, UNIFORM)
         acc += grad_scores[:, None] * load_bias(score_weight_ptr, e, D)[None, :]
-    tl.debug_barrier()  # where a program has all columns, out may be a
+    # Where a program has all columns out may be a, of which other warps may still read.
+    tl.debug_barrier()
     rows = row_offsets(out_ptr, out_strides, tile, UNIFORM, OUT_LAYOUT)
     store_columns(out_ptr, out_strides, tile, rows, acc, e, D, EVEN_E, OUT_LAYOUT)
 
