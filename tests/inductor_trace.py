@@ -41,6 +41,7 @@ from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     ShapeEnv,
     StatelessSymbolicContext,
+    statically_known_true,
 )
 from triton.compiler import ASTSource
 from triton.runtime import driver
@@ -214,6 +215,13 @@ def nodes_of(graph: torch.fx.GraphModule) -> list[dict[str, Any]]:
                 "kernel": kernel.fn.__name__.removesuffix("_in_scalars"),
                 "constants": {name: given[name] for name in names},
                 "cloned": node.kwargs.get("tensors_to_clone"),
+                "empty": [
+                    name
+                    for name, value in node.kwargs["kwargs"].items()
+                    if isinstance(value, torch.fx.Node)
+                    and isinstance(value.meta["val"], Tensor)
+                    and statically_known_true(value.meta["val"].numel() == 0)
+                ],
                 **options,
             }
         )

@@ -91,6 +91,7 @@ def test_launches_are_nodes_of_the_graphs(graphs: dict[tuple[str, str], dict[str
         if key[1] == "forward" and len(kernels) > 1 and key[0] != "pool":
             assert found == kernels, key  # in this order
         assert sorted(found) == sorted(kernels), key
+        assert not any(node["empty"] for node in launches(graphs[key])), key
         operators = {node["operator"] for node in graphs[key]["nodes"]}
         assert not any("sep_attn" in operator for operator in operators), key
         # Inductor writes the kernels down, and launches each as often.
