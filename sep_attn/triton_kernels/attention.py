@@ -129,14 +129,15 @@ class Call(NamedTuple):
         return config_of(kernel, self.arch, self.itemsize, channels)
 
     def operands(self, of_x: Strides, of_source: Strides) -> Operands:
-        sides = (self.shape, of_x), (self.source_shape, of_source)
-        operands = Operands(self.itemsize, self.patch_h, self.patch_w, *sides)
-        # The layer's kernels are compiled for D, which a traced program may have as a symbol.
-        channels = int(operands.channels)
-        operands.channels = channels
-        operands.grid = operands.grid._replace(channels=channels)
-        operands.source = operands.source._replace(channels=channels)
-        return operands
+        sides = (_known_channels(self.shape), of_x), (_known_channels(self.source_shape), of_source)
+        return Operands(self.itemsize, self.patch_h, self.patch_w, *sides)
+
+
+def _known_channels(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with D as a number: kernels are compiled for it, and a traced program may have it
+    as a symbol."""
+    axis = 2 if len(shape) == 3 else 1
+    return (*shape[:axis], int(shape[axis]), *shape[axis + 1 :])
 
 
 def call_of(

@@ -374,15 +374,15 @@ def planned(plan: Callable[..., Any]) -> Any:
     return plan_or_recall
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Makes ``device`` current while a kernel is launched; a CPU device needs nothing, nor one that
     is current."""
     if device.type == "cpu" or torch.accelerator.current_device_index() == device.index:
         return _NOTHING
     return torch.accelerator.device_index(device.index)
-
-
-_NOTHING = contextlib.nullcontext()
 
 
 @triton.jit
