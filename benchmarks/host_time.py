@@ -1,10 +1,10 @@
 """The package's own part of the host's time for one small eager call, on a machine with no GPU.
 
-``python -m benchmarks.host_time`` calls the layer at batch 1, N = 256, D = 128 on CPU tensors, with
-a driver under Triton that launches nothing: kernels are compiled for sm_90 and handed to it. What
-is left out is what a GPU adds: Triton's launcher in C and the driver's launch, 2 or 3 microseconds
-each, the switch to the tensors' device and the allocator of its memory. So this is no measurement
-of a GPU, only something to hold against the 30 microseconds of a call there, and to shorten.
+``python -m benchmarks.host_time`` calls the layer at batch 1, D = 128 on CPU tensors, with a driver
+under Triton that launches nothing: kernels are compiled for sm_90 and handed to it. What is left
+out is what a GPU adds: Triton's launcher in C and the driver's launch, 2 or 3 microseconds each,
+the switch to the tensors' device and the allocator of its memory. So this is no measurement of a
+GPU, only something to hold against the 30 microseconds of a call there, and to shorten.
 Needs Triton, and ``TRITON_INTERPRET`` unset.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -24,12 +25,13 @@ from triton.runtime import driver
 from benchmarks import report
 from benchmarks.gpu_tables import LATENCY_SHAPE, host_microseconds
 from benchmarks.machine_code import TARGET, LaunchNothing, QuietDriver
+from benchmarks.registry import LayerShape
 from sep_attn import SeparableAttention, functional, ops, triton_kernels
 from sep_attn.triton_kernels import attention, launch
 
 WARM_UP = 200
 GPU = torch.device("cuda", 0)
-BATCHES = (1, 64)  # a long slice, and short ones
+SHAPES = (LATENCY_SHAPE, replace(LATENCY_SHAPE, tokens=1024))  # one launch, and three
 
 
 @contextlib.contextmanager
@@ -45,11 +47,11 @@ def launching_nothing() -> Iterator[None]:
         yield
 
 
-def calls(batch: int) -> dict[str, Callable[[], object]]:
+def calls(shape: LayerShape) -> dict[str, Callable[[], object]]:
     """The same call, from each of the rooms that it passes through."""
-    module = SeparableAttention(LATENCY_SHAPE.dim, backend="triton", dtype=torch.bfloat16).eval()
+    module = SeparableAttention(shape.dim, backend="triton", dtype=torch.bfloat16).eval()
     weights = [parameter.detach() for parameter in module.parameters()]
-    x = torch.zeros(batch, LATENCY_SHAPE.tokens, LATENCY_SHAPE.dim, dtype=torch.bfloat16)
+    x = torch.zeros(shape.slices, shape.tokens, shape.dim, dtype=torch.bfloat16)
     arguments = (x, None, *weights, None, None, 0.0, "relu", 1, 1)
 
     gradient, wanted = torch.zeros_like(x), list(module.parameters())
@@ -82,14 +84,14 @@ def count_launches(call: Callable[[], object]) -> int:
 
 def rows(rounds: int = 100) -> Iterator[dict[str, Any]]:
     with torch.no_grad(), launching_nothing():
-        for batch in BATCHES:
-            for name, call in calls(batch).items():
+        for shape in SHAPES:
+            for name, call in calls(shape).items():
                 for _ in range(WARM_UP):
                     call()
                 yield {
-                    "B": batch,
-                    "N": LATENCY_SHAPE.tokens,
-                    "D": LATENCY_SHAPE.dim,
+                    "B": shape.slices,
+                    "N": shape.tokens,
+                    "D": shape.dim,
                     "launches": count_launches(call),
                     "from": name,
                     "us": host_microseconds(call, lambda: None, rounds=rounds),

@@ -62,8 +62,9 @@ class Work:
 def path_of(shape: LayerShape, itemsize: int) -> str:
     """``"short"``, ``"long"`` or ``"wide"``: the path that fits a shape of many slices or tokens.
 
-    The launchers also send a few slices of up to 1,024 tokens through ``"long"``, and few tokens of
-    more than 256 channels through ``"wide"``, where a program a slice would leave the GPU idle.
+    The launchers also send a few slices of up to 1,024 tokens and many values through ``"long"``,
+    and few tokens of more than 256 channels through ``"wide"``, where a program a slice would leave
+    the GPU idle.
     """
     if shape.dim > MOST_FUSED_CHANNELS[itemsize]:
         return "wide"

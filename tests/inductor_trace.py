@@ -73,10 +73,11 @@ class TraceCase:
 
 
 CASES = {
-    "long": TraceCase((8, 4096, 128), (129, 197, 1000, 65_536), (128, 16)),
+    "long": TraceCase((8, 4096, 128), (513, 1000, 65_536), (512, 16)),
+    "shared": TraceCase((8, 256, 128), (2, 197, 512), (513,)),
     "short": TraceCase((64, 256, 128), (2, 16, 49, 1000), (1025, 65_536)),
     "wide": TraceCase((8, 300, 640), (16, 129, 1000, 65_536)),
-    "training": TraceCase((8, 4096, 128), (129, 197, 1000), (16,), training=True, dropout=0.1),
+    "training": TraceCase((8, 4096, 128), (513, 1000), (512,), training=True, dropout=0.1),
     "wide training": TraceCase((8, 300, 640), (129, 1000), training=True, masked=True),
     "patches": TraceCase((64, 128, 4, 256), (64, 72, 1000), (49, 1032), bias=False),
     "ragged patches": TraceCase((64, 128, 4, 49), (7, 197, 1001), (64, 1025), training=True),
@@ -233,7 +234,9 @@ def operators_on(device: str, *, exporting: bool = False) -> list[str]:
     does it; of a GPU, which need not be there."""
     context = StatelessSymbolicContext([DimDynamic.STATIC, DimDynamic.DYNAMIC, DimDynamic.STATIC])
     fake = FakeTensorMode(shape_env=ShapeEnv())
-    shape = fake.from_tensor(torch.empty(8, 500, 64, device="meta"), symbolic_context=context).shape
+    shape = fake.from_tensor(
+        torch.empty(8, 2000, 64, device="meta"), symbolic_context=context
+    ).shape
     exported = _disable_custom_triton_op_functional_decomposition()
     with (
         fake,

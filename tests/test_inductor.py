@@ -38,6 +38,7 @@ BACKWARD = [
 KERNELS = {
     ("long", "forward"): LONG,
     ("short", "forward"): ["slice_fwd_kernel"],
+    ("shared", "forward"): ["slice_fwd_kernel"],
     ("wide", "forward"): WIDE,
     ("training", "forward"): LONG,
     ("training", "backward"): [*BACKWARD, "value_gate_weights_bwd_kernel"],
@@ -123,10 +124,11 @@ def test_constants_come_from_the_tables(graphs: dict[tuple[str, str], dict[str, 
 @pytest.mark.parametrize(
     "case, served",
     [
-        ("long", [129, 197, 1000, 65_536, 4096]),
+        ("long", [513, 1000, 65_536, 4096]),
+        ("shared", [2, 197, 512, 256]),
         ("short", [2, 16, 49, 1000, 256]),
         ("wide", [16, 129, 1000, 65_536, 300]),
-        ("training", [129, 197, 1000, 4096]),
+        ("training", [513, 1000, 4096]),
         ("wide training", [129, 1000, 300]),
         ("patches", [64, 72, 1000, 256]),
         ("ragged patches", [7, 49]),
@@ -224,10 +226,11 @@ def test_a_traced_launch_gives_the_same_bits(path: str, monkeypatch: pytest.Monk
 
 
 @WITHOUT_GPU
-@pytest.mark.parametrize("path", ["long", "wide"])
+@pytest.mark.parametrize("path", PATHS)
 def test_empty_parts_change_nothing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where N is a symbol, tokens may be split into more parts than there are tiles for."""
     take_path(path, monkeypatch)
+    monkeypatch.setattr(attention, "SHARED_PROGRAMS", 4)
     case = Case((2, 37, 20))
     inputs = inputs_of(case, torch.float32, torch.device("cpu"))
     expected = results_of(case, inputs)

@@ -64,6 +64,7 @@ def take_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(attention, "path_of", lambda *_: path)
     monkeypatch.setattr(attention, "config_of", lambda *_: configs.Config(16, 16, 4, 1))
+    monkeypatch.setattr(attention, "SHARED_PROGRAMS", 1)
     monkeypatch.setattr(attention, "COMBINE_ROWS", 16)
     monkeypatch.setattr(attention, "COMBINE_CHANNELS", 16)
     monkeypatch.setattr(attention, "COMBINE_COLUMNS", 16)
@@ -116,6 +117,45 @@ def test_every_kernel_in_small_tiles(
         take_path(path, monkeypatch)
         for name, result in forward(case, inputs).items():
             torch.testing.assert_close(result, expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case, most, grid",
+    [
+        (Case((1, 100, 20), need_weights=True), 132, (1, 1, 7)),
+        (Case((1, 100, 20), mask="random", dropout_p=0.2), 3, (1, 1, 3)),  # 3 tiles, 3 and 1
+        (Case((2, 37, 24), mask="first_image"), 5, (2, 1, 2)),
+        (Case((2, 37, 24), mask="first_image"), 3, (2, 1, 1)),
+        (Case((1, 60, 16), prev_shape=(1, 21, 16), dropout_p=0.1), 132, (1, 1, 4)),
+        (Case((1, 16, 16), prev_shape=(1, 60, 16)), 132, (1, 1, 1)),
+        (Case((1, 24, 4, 36), memory="transposed"), 8, (4, 1, 2)),
+        (Case((1, 16, 8, 16), patch_size=(2, 2), mask="random"), 132, (2, 1, 4)),
+    ],
+    ids=str,
+)
+def test_programs_that_share_a_slice_do_as_one(
+    case: Case,
+    most: int,
+    grid: tuple[int, int, int],
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    take_path("short", monkeypatch)
+    inputs = inputs_of(case, torch.float32, device)
+    expected = forward(case, inputs)
+    grids: list[tuple[int, ...]] = []
+    run_all = attention.run
+
+    def run_and_keep(launches: Any, *args: Any) -> None:
+        grids.extend(launch.grid for launch in launches)
+        run_all(launches, *args)
+
+    monkeypatch.setattr(attention, "run", run_and_keep)
+    monkeypatch.setattr(attention, "SHARED_PROGRAMS", most)
+    forget_plans()
+    for name, result in forward(case, inputs).items():
+        assert torch.equal(result, expected[name])
+    assert grids == [grid]
 
 
 @pytest.mark.parametrize("most", [16, 3])
@@ -201,9 +241,12 @@ def test_torch_computes_one_product_in_backward(
         (128, 256, 1024, "short"),
         (512, 64, 1024, "short"),
         (128, 256, 1025, "long"),  # longer than one program should read
-        (128, 63, 256, "long"),  # too few slices for a program each
-        (128, 1, 128, "short"),  # a single tile anyway
-        (256, 1, 129, "long"),
+        (128, 1, 512, "short"),  # few slices: a few programs each
+        (128, 63, 513, "long"),  # more than each of them should read
+        (256, 1, 256, "short"),
+        (256, 1, 257, "long"),
+        (16, 1, 1024, "short"),
+        (16, 1, 1025, "long"),
         (512, 1, 128, "wide"),  # a single tile of many channels is shared out
         (512, 63, 129, "wide"),
         (512, 64, 128, "short"),
@@ -215,7 +258,8 @@ def test_torch_computes_one_product_in_backward(
 )
 def test_the_path_fits_the_shape(channels: int, bands: int, tokens: int, path: str) -> None:
     assert attention.path_of(channels, 2, bands, tokens, tokens, 128) == path
-    assert attention.path_of(channels, 4, bands, tokens, tokens, 32) == "wide"
+    if channels > configs.MOST_FUSED_CHANNELS[4]:
+        assert attention.path_of(channels, 4, bands, tokens, tokens, 32) == "wide"
 
 
 @pytest.mark.parametrize("path, case", zip(PATHS, (CASES[5], CASES[8], CASES[4]), strict=True))
@@ -487,7 +531,8 @@ def test_float32_is_rounded_to_tf32_only_where_torch_allows_it(allowed: str, exp
         ((1024, 16, 256), torch.bfloat16, "short"),
         ((1024, 1024, 128), torch.float16, "short"),
         ((1, 100, 128), torch.bfloat16, "short"),
-        ((1, 256, 128), torch.bfloat16, "long"),
+        ((1, 256, 128), torch.bfloat16, "short"),
+        ((1, 1024, 128), torch.bfloat16, "long"),
         ((1024, 1025, 64), torch.bfloat16, "long"),
         ((8, 65_536, 512), torch.bfloat16, "long"),
         ((8, 197, 513), torch.bfloat16, "wide"),

@@ -4,7 +4,8 @@
 :func:`_plan_forward` is the one place that chooses; e is the size of a value in bytes.
 
 ========= =========================================================================================
-``short`` one launch (:mod:`fused`), a program does whole slices: 2 N D e of memory traffic
+``short`` one launch (:mod:`fused`), a program does whole slices, or, where they are few, makes
+          the context and gates a part of the tokens: 2 N D e of memory traffic
 ``long``  scores and pool, combine (:mod:`scoring`), values with gate and output (:mod:`fused`):
           3 N D e
 ``wide``  scores and pool, combine, value product with bias, activation and gate as its epilogue,
@@ -54,10 +55,13 @@ from sep_attn.triton_kernels.launch import (
 from sep_attn.triton_kernels.pooling import WEIGHTS_BLOCK
 from sep_attn.triton_kernels.tiles import MOST_CHANNELS, tiling
 
-# A band of up to SHORT_TOKENS tokens is a program's work, where there are SHORT_PROGRAMS of them or
-# where it is one tile anyway.
+# A band of up to SHORT_TOKENS tokens is a program's work where there are SHORT_PROGRAMS of them.
+# Where there are fewer, one of up to SHARED_VALUES values or a single tile is the work of a few
+# programs, until there are SHARED_PROGRAMS: that each reads all of it costs less than two launches.
 SHORT_TOKENS = 1024
 SHORT_PROGRAMS = 64
+SHARED_VALUES = 2**16
+SHARED_PROGRAMS = 132
 # A tile of whole tokens with more channels than this takes long: where there are fewer than
 # SHORT_PROGRAMS tiles, each is shared out among programs by its columns.
 MOST_LONE_CHANNELS = 256
@@ -104,7 +108,8 @@ def path_of(
     # While a program is traced these comparisons are all that depends on the number of tokens.
     if channels > MOST_LONE_CHANNELS and bands * tokens < SHORT_PROGRAMS * tile_tokens:
         return "wide"
-    most = max(tile_tokens, SHORT_TOKENS) if bands >= SHORT_PROGRAMS else tile_tokens
+    shared = min(SHORT_TOKENS, SHARED_VALUES // channels)
+    most = max(tile_tokens, SHORT_TOKENS if bands >= SHORT_PROGRAMS else shared)
     return "short" if torch.sym_max(tokens, source_tokens) <= most else "long"
 
 
@@ -333,6 +338,9 @@ def _slice_launch(call: Call, operands: Operands) -> Launch:
     longest = grid._replace(tokens=torch.sym_max(grid.tokens, source.tokens))
     cut = tiling(longest, config.tokens)
     rows = config.tokens // cut.bands
+    sides = triton.cdiv(grid.bands, cut.bands)
+    band_tiles = triton.cdiv(grid.tokens, rows)
+    splits, part_tiles = split_tiles(band_tiles, torch.sym_max(1, SHARED_PROGRAMS // sides))
     chunks = chunk_widths(channels)
     most_values = POOL_VALUES // max(1, config.programs)
     fitting = 1 << (most_values // sum(chunks)).bit_length() - 1
@@ -346,8 +354,9 @@ def _slice_launch(call: Call, operands: Operands) -> Launch:
         "bands": grid.bands,
         "source_tokens": source.tokens,
         "source_width": source.width,
-        "band_tiles": triton.cdiv(grid.tokens, rows),
+        "band_tiles": band_tiles,
         "pool_tiles": triton.cdiv(source.tokens, min(rows, pool_rows)),
+        "split_tiles": part_tiles,
         "slices": operands.slices,
         "CHUNKS": chunks,
         "BANDS": cut.bands,
@@ -356,7 +365,7 @@ def _slice_launch(call: Call, operands: Operands) -> Launch:
         "BLOCK_C": min(config.columns, fitting),
         "POOL_STAGES": POOL_STAGES,
     }
-    return Launch(fused.slice_fwd_kernel, triton.cdiv(grid.bands, cut.bands), arguments)
+    return Launch(fused.slice_fwd_kernel, sides, arguments, splits)
 
 
 def _forward(

@@ -5,7 +5,7 @@ A tile of x is multiplied by W_V and gated. The gated values, in the dtype of x,
 until all are there, half the registers that the sums of the output would take, and are multiplied
 by W_O, a few columns at a time: they do not pass through memory. Short slices run the scores, the
 softmax and the context in the same launch: x is read from memory once (then from a cache) and out
-is written once.
+is written once. Where slices are too few for a program each, a few share one.
 
 In backward a program keeps a few columns of W_V and W_O and the sums of both gradients for them,
 and goes over tiles of x and of the output's gradient, from which it makes values and gate again.
@@ -329,6 +329,7 @@ def slice_fwd_kernel(
     patch_w,
     band_tiles,
     pool_tiles,
+    split_tiles,
     slices,
     D: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -354,7 +355,11 @@ def slice_fwd_kernel(
         source_tokens, source_width, D, source_ptr, GROUPS, SOURCE_LAYOUT
     )
     source_grid = (bands, source_tokens, source_width, patch_h, patch_w, pool_tiles)
+    # Programs that share a slice each make its context, and gate a part of its tokens. What several
+    # of them store is the same, bit for bit; the weights, which stand where the scores stood, only
+    # the first stores.
     pid = tl.program_id(0)
+    i_split = tl.program_id(2) if BANDS == 1 else 0
     first_slice = pid * SLICES
 
     # The softmax runs over tiles of BLOCK_P rows, of one band or of several whole ones.
@@ -385,6 +390,7 @@ def slice_fwd_kernel(
                 dropout_p,
                 weights_ptr,
                 weights_strides,
+                i_split == 0,
                 D,
                 CHUNKS,
                 SOURCE_LAYOUT,
@@ -407,7 +413,7 @@ def slice_fwd_kernel(
             )
         # What other threads of the program have stored is read from here on.
         tl.debug_barrier()
-        if weights_ptr is not None:
+        if weights_ptr is not None and i_split == 0:
             shift = spread_slices(tl.maximum(maximum, LOWEST), POOL_BANDS, GROUPS, BLOCK_P)
             row_divisor = spread_slices(divisor, POOL_BANDS, GROUPS, BLOCK_P)
             for i_tile in range(0, pool_tiles):
@@ -462,11 +468,15 @@ def slice_fwd_kernel(
     tl.debug_barrier()
 
     # The tile read last is still near.
-    out_tiles = 1 if BANDS > 1 else band_tiles
+    first_tile = pid
+    out_tiles = 1
+    if BANDS == 1:
+        first_tile = pid * band_tiles + i_split * split_tiles
+        out_tiles = tl.minimum(split_tiles, band_tiles - i_split * split_tiles)
     for i_tile in range(0, out_tiles):
         zero = i_tile // out_tiles if BANDS == 1 else tl.program_id(1)
         value_gate_output_tile(
-            pid * out_tiles + out_tiles - 1 - i_tile,
+            first_tile + out_tiles - 1 - i_tile,
             zero,
             x_ptr,
             x_strides,

@@ -275,14 +275,23 @@ class Launch:
         kernel: a function of ``triton.jit``.
         programs: how many run.
         arguments: by the kernel's names, the compiler's options among them.
+        splits: over how many programs the work of each is split, which a third index counts. (The
+            second is always 0, which the compiler does not know.)
         operands: by the kernel's names, what a call's tensors are named where that differs.
     """
 
     def __init__(
-        self, kernel: Any, programs: int, arguments: dict[str, Any], **operands: str
+        self,
+        kernel: Any,
+        programs: int,
+        arguments: dict[str, Any],
+        splits: int = 1,
+        /,
+        **operands: str,
     ) -> None:
         self.kernel = kernel
         self.programs = programs
+        self.grid = (programs, 1, splits)
         self.arguments = arguments
         self.operands = {
             name: operands.get(name, name) for name in kernel.arg_names if name not in arguments
@@ -308,7 +317,7 @@ class Launch:
         compiled = self._compiled.get(kind)
         if compiled is None:
             taken = {name: tensors[operand] for name, operand in self.operands.items()}
-            result = self.kernel[self.programs, 1, 1](**taken, **self.arguments)
+            result = self.kernel[self.grid](**taken, **self.arguments)
             if isinstance(result, CompiledKernel):  # under the interpreter there is none
                 self._compiled[kind] = result
             return
@@ -316,12 +325,10 @@ class Launch:
         for place, operand in self._places:
             arguments[place] = pointers[operand]
         if stream is None:
-            compiled[self.programs, 1, 1](*arguments)
+            compiled[self.grid](*arguments)
         else:
             metadata, hooks = compiled.packed_metadata, (None, None, None)
-            compiled.run(
-                self.programs, 1, 1, stream, compiled.function, metadata, *hooks, *arguments
-            )
+            compiled.run(*self.grid, stream, compiled.function, metadata, *hooks, *arguments)
 
 
 def run(
@@ -331,7 +338,7 @@ def run(
     if tracing.is_active():
         for launch in launches:
             taken = {name: tensors[operand] for name, operand in launch.operands.items()}
-            tracing.launch(launch.kernel, launch.programs, launch.arguments, taken)
+            tracing.launch(launch.kernel, launch.grid, launch.arguments, taken)
         return
     # What Triton compiles a kernel by, besides a launch's own arguments; and where the tensors
     # begin: of a tensor it would ask the driver, for each launch, whether the GPU can reach it.

@@ -63,6 +63,7 @@ def pool_tile(
     dropout_p,
     scores_ptr,  # the scores, where the weights will stand
     scores_strides,
+    stores_scores,
     D: tl.constexpr,
     CHUNKS: tl.constexpr,
     SOURCE_LAYOUT: tl.constexpr,
@@ -73,7 +74,7 @@ def pool_tile(
     # One step of the running softmax: the tile's scores, stored where they are wanted, and its
     # tokens added to the pool.
     maximum, total, dropped_total, pooled = pool
-    _, _, band, n, _ = tile
+    grid, i_tile, band, n, inside = tile
     BLOCK_N: tl.constexpr = n.shape[0]
     x = load_tokens(source_ptr, source_strides, tile, D, CHUNKS, UNIFORM, SOURCE_LAYOUT)
     scores = tl.zeros((BLOCK_N,), tl.float32)
@@ -90,7 +91,8 @@ def pool_tile(
         x = masked
     scores = tl.where(kept, scores, float("-inf"))
     if scores_ptr is not None:
-        store_values(scores_ptr, scores_strides, tile, scores, UNIFORM)
+        stored = (grid, i_tile, band, n, inside & stores_scores)
+        store_values(scores_ptr, scores_strides, stored, scores, UNIFORM)
 
     candidate = tl.where(kept, tl.maximum(scores, LOWEST), float("-inf"))
     new_maximum = tl.maximum(maximum, slice_max(candidate, BANDS, GROUPS))  # [SLICES]
@@ -157,6 +159,7 @@ def score_pool_fwd_kernel(
             dropout_p,
             scores_ptr,
             scores_strides,
+            True,
             D,
             CHUNKS,
             SOURCE_LAYOUT,

@@ -53,11 +53,11 @@ def active() -> Iterator[None]:
 
 def launch(
     kernel: Any,
-    programs: int,
+    grid: tuple[int, ...],
     arguments: Mapping[str, Any],
     tensors: Mapping[str, Tensor | None],
 ) -> None:
-    """Puts a launch into the traced graph: a kernel, its programs, everything it is told but its
+    """Puts a launch into the traced graph: a kernel, its grid, everything it is told but its
     tensors, and these, by its names."""
     passed: dict[str, Any] = dict(tensors)
     changed: dict[str, int | str] = {}
@@ -75,7 +75,7 @@ def launch(
             if isinstance(value, float):
                 changed[name] = "float"
     form = in_scalars(kernel, tuple(changed.items()))
-    torch.library.wrap_triton(form)[(programs,)](**passed)
+    torch.library.wrap_triton(form)[grid](**passed)
 
 
 def _varying(kernel: Any) -> tuple[str, ...]:
