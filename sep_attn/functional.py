@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -231,9 +232,18 @@ def _shortest_native_way(
 
 
 _NO_SUBCLASSES = {Parameter, Tensor, type(None)}
-# What was checked of calls that Triton served, and the patch that goes with it.
-_CHECKED: dict[tuple[Any, ...], tuple[int, int]] = {}
-_MOST_CHECKED = 1024
+
+
+@dataclasses.dataclass(slots=True)
+class _Served:
+    """What was found out of calls that Triton served: the patch, and what forward passes share."""
+
+    patch: tuple[int, int]
+    known: Any = None
+
+
+_SERVED: dict[tuple[Any, ...], _Served] = {}
+_MOST_SERVED = 1024
 
 
 def _shortest_triton_way(
@@ -253,28 +263,32 @@ def _shortest_triton_way(
     kind = (
         value_act,
         patch_size and tuple(patch_size),
+        x.stride(),
         *[
             None if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.is_neg())
             for tensor in tensors
         ],
     )
-    patch = _CHECKED.get(kind)
-    if patch is None:
+    served = _SERVED.get(kind)
+    if served is None:
         patch = _check_for_triton(tensors, value_act, patch_size)
         if patch is None:
             return None
-        if len(_CHECKED) >= _MOST_CHECKED:
-            _CHECKED.clear()
-        _CHECKED[kind] = patch
+        if len(_SERVED) >= _MOST_SERVED:
+            _SERVED.clear()
+        served = _SERVED[kind] = _Served(patch)
     if _differentiated(tensors):
         # Gradients have the shapes of matrices; forward, all that counts is where weights begin.
         matrices = [
             tensor.flatten(1) if tensor is not None and tensor.dim() == 4 else tensor
             for tensor in tensors[1:]
         ]
-        return ops.triton_self_attention(x, *matrices, 0.0, value_act, *patch)
-    others = (None, None, 0.0, value_act, *patch)  # no mask and no dropout
-    return triton_kernels.separable_attention_inference(x, None, *tensors[1:], *others)
+        return ops.triton_self_attention(x, *matrices, 0.0, value_act, *served.patch)
+    others = (None, None, 0.0, value_act, *served.patch)  # no mask and no dropout
+    out, served.known = triton_kernels.inference_and_known(
+        x, None, *tensors[1:], *others, served.known
+    )
+    return out
 
 
 def _check_for_triton(

@@ -8,7 +8,9 @@ forced path put every kernel to work on every layout.
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
+import unittest.mock
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cpu.memory import tensor_bytes
-from sep_attn import SeparableAttention, ops
+from sep_attn import SeparableAttention, functional, ops
 from sep_attn.functional import separable_attention
 from sep_attn.layout import default_patch_size, token_shape
 
@@ -51,6 +53,7 @@ CASES = [
 
 
 def forget_plans() -> None:
+    functional._SERVED.clear()
     attention._plan_forward.cache_clear()
     attention._plan_backward.cache_clear()
 
@@ -262,7 +265,7 @@ def test_the_path_fits_the_shape(channels: int, bands: int, tokens: int, path: s
         assert attention.path_of(channels, 4, bands, tokens, tokens, 32) == "wide"
 
 
-@pytest.mark.parametrize("path, case", zip(PATHS, (CASES[5], CASES[8], CASES[4]), strict=True))
+@pytest.mark.parametrize("path, case", [*zip(PATHS, (CASES[5], CASES[8], CASES[4]), strict=True)])
 def test_every_path_in_float16(
     path: str, case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -493,7 +496,7 @@ def test_dx_takes_the_place_of_dv_where_a_program_has_all_channels(
     x = torch.zeros(1, 16, dim, dtype=dtype)
     tensors = [x, None, x.new_zeros(1 + 2 * dim, dim), None, x.new_zeros(dim, dim), None]
     given: list[dict[str, Tensor | None]] = []
-    monkeypatch.setattr(attention, "run", lambda _, __, tensors: given.append(tensors))
+    monkeypatch.setattr(attention, "run", lambda _, __, tensors, *___: given.append(tensors))
     options = (None, 0.0, "relu", 1, 1)
     _, weights, statistics = attention.separable_attention(*tensors, None, *options)
     saved = (weights, statistics)
@@ -520,6 +523,35 @@ def test_float32_is_rounded_to_tf32_only_where_torch_allows_it(allowed: str, exp
         assert attention.call_of(x.half(), x.half(), "relu", 1, 1).precision == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype, kept", [(torch.float16, True), (torch.float32, False)])
+def test_a_layer_asks_of_every_call_what_its_kernels_depend_on(
+    dtype: torch.dtype, kept: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest is kept from the first call; not in float32, where a setting of torch's counts."""
+    forget_plans()
+    layer = SeparableAttention(16, backend="triton", device=device, dtype=dtype).eval()
+    x = torch.randn(2, 19, 16, device=device, dtype=dtype)
+    without_bias = copy.deepcopy(layer)
+    without_bias.out_proj.bias = None
+    calls = [
+        (layer, x),
+        (layer, torch.cat([x[0, 0, :1], x.flatten()])[1:].view_as(x)),  # not in 16-byte words
+        (layer, x.mT.contiguous().mT),
+        (layer, x[:, :7]),
+        (layer, x[:1]),
+        (without_bias, x),
+    ]
+    with torch.no_grad():
+        expected = [module(value, need_weights=True)[0] for module, value in calls]
+        for _ in range(2):
+            for (module, value), result in zip(calls, expected, strict=True):
+                assert torch.equal(module(value), result)
+        planned = unittest.mock.Mock(wraps=attention._plan_forward)
+        monkeypatch.setattr(attention, "_plan_forward", planned)
+        layer(x)
+    assert planned.called != kept
 
 
 # Paths, tiles and tables --------------------------------------------------------------------------

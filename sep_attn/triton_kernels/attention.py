@@ -25,6 +25,7 @@ float64 is served by :mod:`pooling`, :mod:`gating` and torch's products
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ from sep_attn.triton_kernels.launch import (
     Operands,
     Strides,
     TokenGrid,
+    kind_of,
     planned,
     run,
     split_tiles,
@@ -368,6 +370,14 @@ def _slice_launch(call: Call, operands: Operands) -> Launch:
     return Launch(fused.slice_fwd_kernel, sides, arguments, splits)
 
 
+class Known(NamedTuple):
+    """What forward passes share whose tensors agree in shapes, strides, dtypes and device: to work
+    it out takes the host as long as a small layer takes the GPU."""
+
+    plan: ForwardPlan
+    kind: Hashable
+
+
 def _forward(
     x: Tensor,
     x_prev: Tensor | None,
@@ -381,9 +391,10 @@ def _forward(
     act: str,
     patch_h: int,
     patch_w: int,
+    known: Known | None = None,
     *,
     keep_weights: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Known | None]:
     source = x if x_prev is None else x_prev
     slices, channels = x.shape[0] * patch_h * patch_w, num_channels(x)
     _check(x.dtype, channels)
@@ -394,25 +405,28 @@ def _forward(
     # The size not as a tuple: that would take PyTorch nearly a microsecond more.
     statistics = x.new_empty(slices, 2 * channels + 1, dtype=torch.float32)
     if slices == 0:
-        return out, weights, statistics
-    qkv_weight, out_weight = qkv_weight.contiguous(), out_weight.contiguous()
-    qkv_bias = None if qkv_bias is None else qkv_bias.contiguous()
-    out_bias = None if out_bias is None else out_bias.contiguous()
-    plan = _plan_forward(
-        call_of(x, source, act, patch_h, patch_w, dropout_p),
-        x.stride(),
-        source.stride(),
-        None if key_padding_mask is None else key_padding_mask.stride(),
-        None if weights is None else weights.stride(),
-        out.stride(),
+        return out, weights, statistics, known
+    plan = (
+        known.plan
+        if known
+        else _plan_forward(
+            call_of(x, source, act, patch_h, patch_w, dropout_p),
+            x.stride(),
+            source.stride(),
+            None if key_padding_mask is None else key_padding_mask.stride(),
+            None if weights is None else weights.stride(),
+            out.stride(),
+        )
     )
+    qkv_weight = qkv_weight.contiguous()
+    qkv_bias = None if qkv_bias is None else qkv_bias.contiguous()
     tensors = {
         "x_ptr": x,
         "source_ptr": source,
         "qkv_weight_ptr": qkv_weight,
         "qkv_bias_ptr": qkv_bias,
-        "out_weight_ptr": out_weight,
-        "out_bias_ptr": out_bias,
+        "out_weight_ptr": out_weight.contiguous(),
+        "out_bias_ptr": None if out_bias is None else out_bias.contiguous(),
         "mask_ptr": key_padding_mask,
         "seed_ptr": dropout_seed,
         "weights_ptr": weights,
@@ -426,8 +440,9 @@ def _forward(
         tensors["context_ptr"] = statistics[:, channels:]
         tensors["value_weight_ptr"] = qkv_weight[1 + channels :]
         tensors["value_bias_ptr"] = None if qkv_bias is None else qkv_bias[1 + channels :]
-    run(plan.launches, x.device, tensors)
-    return out, weights, statistics
+    known = known or Known(plan, kind_of(x.device, tensors))
+    run(plan.launches, x.device, tensors, known.kind)
+    return out, weights, statistics, known
 
 
 def _check(dtype: torch.dtype, channels: int) -> None:
@@ -462,7 +477,7 @@ def separable_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: more tokens a slice, or more channels, than the kernels count.
     """
-    out, weights, statistics = _forward(*arguments, keep_weights=True)
+    out, weights, statistics, _ = _forward(*arguments, keep_weights=True)
     assert weights is not None
     return out, weights, statistics
 
@@ -470,6 +485,13 @@ def separable_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def separable_attention_inference(*arguments: Any) -> Tensor:
     """The output alone; see :func:`separable_attention`."""
     return _forward(*arguments, keep_weights=False)[0]
+
+
+def inference_and_known(*arguments: Any) -> tuple[Tensor, Known | None]:
+    """The output, and what to give as the last argument of calls that agree with this one."""
+    out, _, _, known = _forward(*arguments, keep_weights=False)
+    # How products in float32 are rounded depends on a setting of torch's too.
+    return out, None if out.dtype == torch.float32 else known
 
 
 def _weight_grad(

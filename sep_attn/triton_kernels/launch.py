@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -296,7 +296,7 @@ class Launch:
         self.operands = {
             name: operands.get(name, name) for name in kernel.arg_names if name not in arguments
         }
-        self._compiled: dict[tuple[Any, ...], CompiledKernel] = {}
+        self._compiled: dict[Hashable, CompiledKernel] = {}
         self._template = [arguments.get(name) for name in kernel.arg_names]
         self._places = [
             (place, self.operands[name])
@@ -305,57 +305,60 @@ class Launch:
         ]
 
     def __call__(
-        self,
-        kind: tuple[Any, ...],
-        tensors: Mapping[str, Tensor | None],
-        pointers: Mapping[str, int | None],
-        stream: int | None = None,
+        self, kind: Hashable, tensors: Mapping[str, Tensor | None], stream: int | None = None
     ) -> None:
-        """Launches on what the kernel takes of ``tensors``, which are of this kind and begin at
-        ``pointers``. With a stream nothing but the launch itself is done; without one Triton finds
-        it out, and calls the hooks of a profiler."""
+        """Launches on what the kernel takes of ``tensors``, which are of this kind
+        (:func:`kind_of`). With a stream nothing but the launch itself is done; without one Triton
+        finds it out, and calls the hooks of a profiler."""
+        # Of a tensor Triton would ask the driver, for each launch, whether the GPU can reach it: it
+        # is given where the tensors begin.
+        arguments, together = self._template.copy(), 0
+        for place, operand in self._places:
+            value = tensors[operand]
+            if value is not None:
+                arguments[place] = address = value.data_ptr()
+                together |= address
+        if together & 15:
+            kind = kind, *[(arguments[place] or 0) & 15 == 0 for place, _ in self._places]
         compiled = self._compiled.get(kind)
         if compiled is None:
             taken = {name: tensors[operand] for name, operand in self.operands.items()}
             result = self.kernel[self.grid](**taken, **self.arguments)
             if isinstance(result, CompiledKernel):  # under the interpreter there is none
                 self._compiled[kind] = result
-            return
-        arguments = self._template.copy()
-        for place, operand in self._places:
-            arguments[place] = pointers[operand]
-        if stream is None:
+        elif stream is None:
             compiled[self.grid](*arguments)
         else:
             metadata, hooks = compiled.packed_metadata, (None, None, None)
             compiled.run(*self.grid, stream, compiled.function, metadata, *hooks, *arguments)
 
 
+def kind_of(device: torch.device, tensors: Mapping[str, Tensor | None]) -> Hashable:
+    """What Triton compiles a kernel by, besides a launch's own arguments and where tensors begin:
+    which there are, and their dtypes."""
+    dtypes = [None if value is None else value.dtype for value in tensors.values()]
+    return device.index, *dtypes
+
+
 def run(
-    launches: Sequence[Launch], device: torch.device, tensors: Mapping[str, Tensor | None]
+    launches: Sequence[Launch],
+    device: torch.device,
+    tensors: Mapping[str, Tensor | None],
+    kind: Hashable = None,
 ) -> None:
-    """Launches kernels one after another; each takes what it needs of the call's tensors."""
+    """Launches kernels one after another; each takes what it needs of the call's tensors, whose
+    :func:`kind_of` may be known."""
     if tracing.is_active():
         for launch in launches:
             taken = {name: tensors[operand] for name, operand in launch.operands.items()}
             tracing.launch(launch.kernel, launch.grid, launch.arguments, taken)
         return
-    # What Triton compiles a kernel by, besides a launch's own arguments; and where the tensors
-    # begin: of a tensor it would ask the driver, for each launch, whether the GPU can reach it.
-    kind: list[Any] = [device.index]
-    pointers: dict[str, int | None] = {}
-    for name, value in tensors.items():
-        if value is None:
-            pointers[name] = None
-            kind.append(None)
-        else:
-            pointers[name] = pointer = value.data_ptr()
-            kind.append((value.dtype,) if pointer & 15 else value.dtype)
-    kind_key = tuple(kind)
+    if kind is None:
+        kind = kind_of(device, tensors)
     with on_device(device):
         stream = current_stream(device)
         for launch in launches:
-            launch(kind_key, tensors, pointers, stream)
+            launch(kind, tensors, stream)
 
 
 def current_stream(device: torch.device) -> int | None:
