@@ -62,7 +62,7 @@ SHARES = 8  # of a target's kernels, each a process's work
 # Shared memory of a multiprocessor of sm_90, and what each program takes of it besides its own.
 MEMORY, OVERHEAD = 228 * 1024, 1024
 # Kernels whose products are of float32 sums, whatever the dtype of the layer.
-FLOAT32_PRODUCTS = ("context_bwd_kernel",)
+FLOAT32_PRODUCTS = ("context_bwd_kernel", "key_weight_bwd_kernel")
 # What it means that a kernel is not given something.
 ABSENT = {
     "gated_ptr": "gated values not stored",

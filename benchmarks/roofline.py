@@ -127,8 +127,7 @@ def forward_work(
 
 
 def backward_work(shape: LayerShape, itemsize: int) -> list[Work]:
-    """The launches of a backward pass to x and all weights, the product for W_K of ``[S, D]`` and
-    the sums of vectors left out."""
+    """The launches of a backward pass to x and all weights, the sums of vectors left out."""
     tokens, slices, dim = shape.slices * shape.tokens, shape.slices, shape.dim
     values, matrix = tokens * dim * itemsize, dim * dim * itemsize
     weight_grad = dim * dim * FLOAT32
@@ -164,6 +163,11 @@ def backward_work(shape: LayerShape, itemsize: int) -> list[Work]:
             product + 4 * tokens * dim,
         )
     )
+    # The gradient of W_K, from that of the context and the pooled source.
+    launches.append(
+        Work("key_weight_bwd_kernel", 2 * row + weight_grad, 2 * slices * dim * dim),
+    )
+    launches.append(Work("sum_parts_kernel", weight_grad + matrix, dim * dim))
     return launches
 
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from benchmarks import environment, measure, registry, report
 from benchmarks.registry import CONTENDERS, OURS, LayerShape
+from sep_attn import functional
 from sep_attn.triton_kernels import configs
 from sep_attn.triton_kernels.configs import Config
 
@@ -248,7 +249,10 @@ def planners(
 def with_planners(plans: Mapping[str, Callable[..., Any]], call: measure.Call) -> measure.Call:
     from sep_attn.triton_kernels import attention
 
+    served: dict[Any, Any] = {}  # what the layer knows of its calls, plans among it
+
     def planned() -> Any:
+        functional._SERVED = served
         for name, plan in plans.items():
             setattr(attention, name, plan)
         return call()
@@ -286,7 +290,7 @@ def measure_candidates(
         module.requires_grad_(False)
     expected = run_pass(mode, oracle_module, x.double().requires_grad_(), gradient.double())
     x.requires_grad_()
-    before = {name: getattr(attention, name) for name in PLANNERS}
+    before, served = {name: getattr(attention, name) for name in PLANNERS}, functional._SERVED
     plans = {name: plan.__wrapped__ for name, plan in before.items()}  # nothing remembered
     calls: dict[Config, measure.Call] = {}
     try:
@@ -310,6 +314,7 @@ def measure_candidates(
         timings = measure.interleaved(hopeful, seconds=seconds, sample=sample)
         return {Config(*ast.literal_eval(name)): t.median for name, t in timings.items()}
     finally:
+        functional._SERVED = served
         for name, plan in before.items():
             setattr(attention, name, plan)
 

@@ -51,20 +51,23 @@ def test_backward_counts_its_passes(shape: LayerShape, passes: int) -> None:
     added = sum(one.bytes for one in much) - sum(one.bytes for one in work)
     assert passes <= added / values <= passes * 1.03
     # Recomputed values, dy, two gradients of weights, dx: five products; the pool adds 8 a value.
-    # The context's gradient goes back through W_K.
+    # The context's gradient goes back through W_K, and to it.
     operations = sum(one.operations for one in much) - sum(one.operations for one in work)
     per_token = 10 * shape.dim**2 + 8 * shape.dim
-    assert operations == 999 * shape.slices * (shape.tokens * per_token + 2 * shape.dim**2)
+    assert operations == 999 * shape.slices * (shape.tokens * per_token + 4 * shape.dim**2)
 
 
 def test_fused_backward_by_hand() -> None:
-    first, sums, context, source, product = roofline.backward_work(SMALL, 2)
+    first, sums, context, source, product, key, key_sums = roofline.backward_work(SMALL, 2)
     # Three tensors of 96 bytes, two matrices, context and its gradient, two sums in float32.
     assert first == Work("value_gate_weights_bwd_kernel", 288 + 256 + 128 + 512, 4 * 768)
     assert sums == Work("sum_parts_kernel", 512 + 256, 128)
     assert context == Work("context_bwd_kernel", 4 * 64 + 128, 256)
     assert source == Work("source_bwd_kernel", 96 + 48 + 64, 192)
     assert product == Work("token_product_kernel", 192 + 128 + 48 + 64, 768 + 192)
+    # Two slices' rows of 8 float32.
+    assert key == Work("key_weight_bwd_kernel", 128 + 256, 256)
+    assert key_sums == Work("sum_parts_kernel", 256 + 128, 64)
 
 
 def test_a_kernel_takes_the_slower_of_bytes_and_operations() -> None:

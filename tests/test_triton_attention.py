@@ -222,10 +222,9 @@ class _Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_torch_computes_one_product_in_backward(
+def test_torch_computes_nothing_in_backward(
     path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The gradient of W_K; everything else is the kernels' work."""
     take_path(path, monkeypatch)
     inputs = inputs_of(Case((3, 20, 16)), torch.float16, device)
     tensors = call(inputs)
@@ -235,7 +234,7 @@ def test_torch_computes_one_product_in_backward(
     torch.utils.deterministic.fill_uninitialized_memory = False
     with _Operators() as operators:
         attention.separable_attention_backward(out, None, *arguments, 0.0, "relu", 1, 1, True, True)
-    assert operators.names == ["mm", "copy_"]
+    assert not operators.names
 
 
 @pytest.mark.parametrize(

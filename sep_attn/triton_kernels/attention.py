@@ -16,8 +16,8 @@
 Backward is the same for all: value and gate, and the gradients of both weights, in one kernel up to
 ``MOST_FUSED_BACKWARD_CHANNELS`` (:mod:`fused`), else in one and two (:mod:`products`); what has one
 row a slice, and scores (:mod:`scoring`); the product that gives dx, with the pool's terms as its
-epilogue; and sums of the parts of small gradients. 3 or 8, and 1, and 2 N D e. The gradient of W_K,
-a product of rows of slices, is torch's.
+epilogue; the gradient of W_K, from one row a slice; and sums of the parts of small gradients. 3 or
+8, and 1, and 2 N D e.
 
 float64 is served by :mod:`pooling`, :mod:`gating` and torch's products
 (:mod:`sep_attn.functional`): tensor cores have no use for its accuracy.
@@ -25,6 +25,7 @@ float64 is served by :mod:`pooling`, :mod:`gating` and torch's products
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -82,11 +83,12 @@ COMBINE_COLUMNS = 32
 # multiprocessors.
 WEIGHT_PROGRAMS = 264
 WEIGHT_WARPS = 1056
-# What one row a slice needs in backward: slices and columns of a program, and tiles of a slice that
-# it sums; more are summed before.
+# What one row a slice needs in backward: slices and columns of a program, tiles of a slice that it
+# sums, for more are summed before, and slices that are multiplied at a time for W_K.
 CONTEXT_SLICES = 16
 CONTEXT_COLUMNS = 64
 MOST_TILES_SUMMED = 16
+KEY_SLICES = 32
 # A tile of the parts that a sum has: more rows where there are few values, more values otherwise.
 SUM_VALUES = 2048
 SUM_ROWS = 32
@@ -568,21 +570,34 @@ class BackwardPlan(NamedTuple):
     in_place: bool
 
 
-def _sum_parts(splits: int, values: int, first_values: int | None = None, **names: str) -> Launch:
-    """The launch that sums ``partial_ptr [splits, values]``: the first values to ``sums_ptr``, the
-    rest to ``rest_ptr``, by the names that the call's tensors have."""
+class Parts(NamedTuple):
+    """A sum of ``partial [splits, values]``: the first values go to ``sums``, the others to
+    ``rest``, all three by the names that the call's tensors have."""
+
+    partial_ptr: str
+    splits: int
+    values: int
+    sums_ptr: str
+    first_values: int
+    rest_ptr: str | None = None
+
+
+def _sum_parts(*given: Parts) -> Launch:
+    """The launch that takes up to three sums."""
+    values = sum(parts.values for parts in given)
     rows = SUM_ROWS if values <= FEW_VALUES else SUM_ROWS // 4
     columns = SUM_VALUES // rows
-    arguments: dict[str, Any] = {
-        "splits": splits,
-        "values": values,
-        "first_values": values if first_values is None else first_values,
-        "BLOCK_S": rows,
-        "BLOCK": columns,
-    }
-    if first_values is None:
-        arguments["rest_ptr"] = None
-    return Launch(products.sum_parts_kernel, triton.cdiv(values, columns), arguments, **names)
+    arguments: dict[str, Any] = {"BLOCK_S": rows, "BLOCK": columns}
+    names: dict[str, str] = {}
+    for place, parts in itertools.zip_longest(("", "second_", "third_"), given):
+        fields = parts._asdict() if parts else dict.fromkeys(Parts._fields)
+        for name, value in fields.items():
+            if isinstance(value, str):
+                names[f"{place}{name}"] = value
+            else:
+                arguments[f"{place}{name}"] = value
+    programs = sum(triton.cdiv(parts.values, columns) for parts in given)
+    return Launch(products.sum_parts_kernel, programs, arguments, **names)
 
 
 def _partial_shape(first: Launch) -> tuple[int, ...]:
@@ -616,6 +631,27 @@ def _context(
     blocks = triton.cdiv(operands.slices, block_slices)
     programs = blocks * triton.cdiv(channels, columns)
     return Launch(scoring.context_bwd_kernel, programs, arguments), blocks, sum_tiles
+
+
+def _key_weight(call: Call, operands: Operands) -> tuple[int, int, Launch]:
+    """Into how many parts the slices are split for the gradient of W_K, how many there is to be
+    room for, and the launch."""
+    channels, slices = operands.channels, operands.slices
+    columns = min(CONTEXT_COLUMNS, _padded(channels))
+    blocks = triton.cdiv(channels, columns) ** 2
+    most = max(1, WEIGHT_PROGRAMS // blocks)
+    splits, part_tiles = split_tiles(triton.cdiv(slices, KEY_SLICES), most)
+    arguments = {
+        "slices": slices,
+        "split_tiles": part_tiles,
+        "D": channels,
+        "PRECISION": _slice_precision(call),
+        "BLOCK_S": KEY_SLICES,
+        "BLOCK_E": columns,
+    }
+    names = {"partial_ptr": "key_partial_ptr"}
+    launch = Launch(scoring.key_weight_bwd_kernel, blocks * splits, arguments, **names)
+    return splits, _most(splits, most), launch
 
 
 def _slice_precision(call: Call) -> str:
@@ -658,14 +694,8 @@ def _plan_backward(
     at_once = need_weight_grad and channels <= MOST_FUSED_BACKWARD_CHANNELS[call.itemsize]
     if at_once:
         splits, parts, first = _value_gate_weights(call, operands)
-        sums = _sum_parts(
-            splits,
-            2 * matrix,
-            matrix,
-            partial_ptr="weight_partial_ptr",
-            sums_ptr="grad_value_weight_ptr",
-            rest_ptr="grad_out_weight_ptr",
-        )
+        weights = "grad_value_weight_ptr", matrix, "grad_out_weight_ptr"
+        sums = _sum_parts(Parts("weight_partial_ptr", splits, 2 * matrix, *weights))
         before_sums = [first, sums]
         before["weight_partial_ptr"] = parts * 2 * matrix
     else:
@@ -678,9 +708,7 @@ def _plan_backward(
             ):
                 names = {"a_ptr": a, "b_ptr": b, "partial_ptr": "weight_partial_ptr"}
                 splits, parts, product = _weight_grad(call, operands, a_like, b_like, **names)
-                sums = _sum_parts(
-                    splits, matrix, partial_ptr="weight_partial_ptr", sums_ptr=sums_ptr
-                )
+                sums = _sum_parts(Parts("weight_partial_ptr", splits, matrix, sums_ptr, matrix))
                 before_sums += [product, sums]
             before["weight_partial_ptr"] = parts * matrix
 
@@ -700,24 +728,16 @@ def _plan_backward(
     if need_weight_grad:
         after["grad_context_ptr"] = slices * channels
         after["bias_partial_ptr"] = blocks * 3 * channels
-        after_sums += [
-            _sum_parts(
-                blocks,
-                3 * channels,
-                2 * channels,
-                partial_ptr="bias_partial_ptr",
-                sums_ptr="grad_bias_ptr",
-                rest_ptr="grad_out_bias_ptr",
-            ),
-            _sum_parts(
-                source_launch.programs,
-                channels + 1,
-                channels,
-                partial_ptr="score_partial_ptr",
-                sums_ptr="grad_qkv_weight_ptr",
-                rest_ptr="grad_qkv_bias_ptr",
-            ),
-        ]
+        splits, parts, product = _key_weight(call, operands)
+        after["key_partial_ptr"] = parts * matrix
+        biases = "grad_bias_ptr", 2 * channels, "grad_out_bias_ptr"
+        scores = "grad_qkv_weight_ptr", channels, "grad_qkv_bias_ptr"
+        sums = _sum_parts(
+            Parts("bias_partial_ptr", blocks, 3 * channels, *biases),
+            Parts("score_partial_ptr", source_launch.programs, channels + 1, *scores),
+            Parts("key_partial_ptr", splits, matrix, "grad_key_weight_ptr", matrix),
+        )
+        after_sums += [product, sums]
     return BackwardPlan(
         tuple(before_sums),
         _partial_shape(first),
@@ -892,6 +912,7 @@ def separable_attention_backward(
     if need_weight_grad:
         tensors |= {
             "grad_qkv_weight_ptr": grad_qkv_weight,
+            "grad_key_weight_ptr": grad_qkv_weight[1:],
             "grad_value_weight_ptr": grad_qkv_weight[1 + channels :],
             "grad_out_weight_ptr": grad_out_weight,
             "grad_qkv_bias_ptr": grad_qkv_bias,
@@ -903,10 +924,6 @@ def separable_attention_backward(
         run(plan.after_sums, x.device, tensors | {"partial_ptr": partial.sum(1)})
     else:
         run((*plan.before_sums, *plan.after_sums), x.device, tensors)
-    if need_weight_grad:
-        grad_context = scratch["grad_context_ptr"][: slices * channels].view(slices, channels)
-        product = grad_context.T @ statistics[:, :channels]
-        grad_qkv_weight[1 : 1 + channels].copy_(product)
     return results
 
 

@@ -66,6 +66,8 @@ VARYING = (
     "band_tiles",
     "pool_tiles",
     "splits",
+    "second_splits",
+    "third_splits",
     "split_tiles",
     "parts",
     "row_size",

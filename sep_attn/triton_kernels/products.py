@@ -322,8 +322,9 @@ def weight_grad_kernel(
     tl.store(partial_ptr + offsets, acc, mask=(i < D)[:, None] & (j < D)[None, :])
 
 
-@triton.jit(do_not_specialize=VARYING)
-def sum_parts_kernel(
+@triton.jit
+def sum_block(
+    i_block,
     partial_ptr,  # [splits, values]
     sums_ptr,  # [first_values]
     rest_ptr,  # [values - first_values]
@@ -334,7 +335,7 @@ def sum_parts_kernel(
     BLOCK: tl.constexpr,
 ):
     # In a fixed order, so that results are the same bit for bit from run to run.
-    value = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    value = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = value < values
     acc = tl.zeros((BLOCK_S, BLOCK), tl.float32)
     for first in range(0, splits, BLOCK_S):
@@ -346,3 +347,62 @@ def sum_parts_kernel(
     if rest_ptr is not None:
         rest = value - first_values
         tl.store(rest_ptr + rest, sums, mask=(rest >= 0) & inside)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def sum_parts_kernel(
+    partial_ptr,  # [splits, values]
+    sums_ptr,  # [first_values]
+    rest_ptr,  # [values - first_values]
+    splits,
+    values,
+    first_values,
+    second_partial_ptr,  # as the first, or None
+    second_sums_ptr,
+    second_rest_ptr,
+    second_splits,
+    second_values,
+    second_first_values,
+    third_partial_ptr,
+    third_sums_ptr,
+    third_rest_ptr,
+    third_splits,
+    third_values,
+    third_first_values,
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # A program sums a block of one of up to three tensors.
+    i_block = tl.program_id(0)
+    blocks = tl.cdiv(values, BLOCK)
+    if i_block < blocks:
+        sum_block(
+            i_block, partial_ptr, sums_ptr, rest_ptr, splits, values, first_values, BLOCK_S, BLOCK
+        )
+    elif second_partial_ptr is not None:
+        i_block -= blocks
+        blocks = tl.cdiv(second_values, BLOCK)
+        if i_block < blocks:
+            sum_block(
+                i_block,
+                second_partial_ptr,
+                second_sums_ptr,
+                second_rest_ptr,
+                second_splits,
+                second_values,
+                second_first_values,
+                BLOCK_S,
+                BLOCK,
+            )
+        elif third_partial_ptr is not None:
+            sum_block(
+                i_block - blocks,
+                third_partial_ptr,
+                third_sums_ptr,
+                third_rest_ptr,
+                third_splits,
+                third_values,
+                third_first_values,
+                BLOCK_S,
+                BLOCK,
+            )

@@ -371,6 +371,44 @@ def context_bwd_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
+def key_weight_bwd_kernel(
+    grad_context_ptr,  # [S, D]
+    statistics_ptr,  # [S, 2 D + 1]: pooled | context | sum of the dropped weights
+    partial_ptr,  # [splits, D, D]: gradient of W_K
+    slices,
+    split_tiles,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    # The sum over slices of each context's gradient times the slice's pooled tokens.
+    columns = tl.cdiv(D, BLOCK_E)
+    i_rest, e = program_columns(D, BLOCK_E)  # e: [BLOCK_E], rows of W_K
+    d = i_rest % columns * BLOCK_E + tl.arange(0, BLOCK_E)  # [BLOCK_E]
+    i_split = i_rest // columns
+    acc = tl.zeros((BLOCK_E, BLOCK_E), tl.float32)
+    last = tl.minimum((i_split + 1) * split_tiles, tl.cdiv(slices, BLOCK_S))
+    for i_tile in tl.range(i_split * split_tiles, last):
+        i_slice = (i_tile * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)  # [BLOCK_S]
+        inside = i_slice < slices
+        grad_context = tl.load(
+            grad_context_ptr + i_slice[None, :] * D + e[:, None],
+            mask=inside[None, :] & (e < D)[:, None],
+            other=0.0,
+        )  # [BLOCK_E, BLOCK_S]
+        pooled = tl.load(
+            statistics_ptr + i_slice[:, None] * (2 * D + 1) + d[None, :],
+            mask=inside[:, None] & (d < D)[None, :],
+            other=0.0,
+        )  # [BLOCK_S, BLOCK_E]
+        acc = tl.dot(grad_context, pooled, acc, input_precision=PRECISION)
+    partial_ptr += i_split.to(tl.int64) * (D * D)
+    offsets = e[:, None] * D + d[None, :]  # 32 bits: see MOST_CHANNELS
+    tl.store(partial_ptr + offsets, acc, mask=(e < D)[:, None] & (d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=VARYING)
 def source_bwd_kernel(
     source_ptr,
     source_strides,
