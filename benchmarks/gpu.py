@@ -70,7 +70,7 @@ class Outcome:
 
 
 def steps(out: Path, *, dtype: str = "bfloat16") -> list[Step]:
-    """All steps, most important first."""
+    """All steps, most important first; what takes seconds goes before what takes minutes."""
     workers = ("-n", str(TEST_WORKERS)) if importlib.util.find_spec("xdist") else ()
     pytest = ("-m", "pytest", "-v", "-p", "no:cacheprovider")
     sweep_limit = 100
@@ -85,10 +85,10 @@ def steps(out: Path, *, dtype: str = "bfloat16") -> list[Step]:
         Step("compile", ("-m", "benchmarks.precompile", "--dtype", dtype), 60),
         table("floor", 100),
         Step("tests", (*pytest, *TESTS, *workers, f"--junitxml={out / 'tests.xml'}"), 150),
-        table("timm", 120),
-        table("attention", 60),
         table("latency", 30),
         table("memory", 30),
+        table("timm", 150),
+        table("attention", 60),
         Step(
             "sanitizer",
             (*pytest, *SANITIZER_TESTS, "-x"),

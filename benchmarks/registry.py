@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -153,8 +154,8 @@ def _build_compiled(weights: Weights) -> nn.Module:
     return module
 
 
-def _build_max_autotune(weights: Weights) -> nn.Module:
-    module = _with_weights(models.timm_attention(weights.dim), weights)
+def _build_max_autotune(layer: Callable[[int], nn.Module], weights: Weights) -> nn.Module:
+    module = _with_weights(layer(weights.dim), weights)
     module.compile(mode="max-autotune")
     return module
 
@@ -286,7 +287,7 @@ CONTENDERS = {
             SEPARABLE,
             "#444444",
             "D",
-            _build_max_autotune,
+            partial(_build_max_autotune, models.timm_attention),
             layout=PATCHES,
         ),
         Contender(
@@ -304,6 +305,15 @@ CONTENDERS = {
             "#004D38",
             "o",
             lambda weights: _with_weights(SeparableAttention(weights.dim), weights),
+            layout=PATCHES,
+        ),
+        Contender(
+            "sep_attn_max_autotune",
+            'sep_attn [B, D, P, N], torch.compile(mode="max-autotune")',
+            SEPARABLE,
+            "#002B20",
+            "o",
+            partial(_build_max_autotune, SeparableAttention),
             layout=PATCHES,
         ),
     )
