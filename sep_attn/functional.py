@@ -236,10 +236,10 @@ _NO_SUBCLASSES = {Parameter, Tensor, type(None)}
 
 @dataclasses.dataclass(slots=True)
 class _Served:
-    """What was found out of calls that Triton served: the patch, and what forward passes share."""
+    """What was found out of calls that Triton served: the patch, and what the launchers keep."""
 
     patch: tuple[int, int]
-    known: Any = None
+    known: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 
 _SERVED: dict[tuple[Any, ...], _Served] = {}
@@ -283,12 +283,11 @@ def _shortest_triton_way(
             tensor.flatten(1) if tensor is not None and tensor.dim() == 4 else tensor
             for tensor in tensors[1:]
         ]
-        return ops.triton_self_attention(x, *matrices, 0.0, value_act, *served.patch)
+        return ops.triton_self_attention(x, *matrices, 0.0, value_act, *served.patch, served.known)
     others = (None, None, 0.0, value_act, *served.patch)  # no mask and no dropout
-    out, served.known = triton_kernels.inference_and_known(
+    return triton_kernels.separable_attention_inference(
         x, None, *tensors[1:], *others, served.known
     )
-    return out
 
 
 def _check_for_triton(

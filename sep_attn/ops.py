@@ -554,8 +554,10 @@ def _self_attention_function(
     backward_call: Callable[..., Any],
     *last_arguments: bool,
 ) -> Callable[..., Tensor]:
-    """Both calls take what the operators of the backend take, ``last_arguments`` only the first."""
+    """Both calls take what the operators of the backend take, and any options that come after
+    theirs; ``last_arguments`` only the first."""
     operator = _operator("separable_attention_backward", backend)
+    of_operator = _LAYER_OPTIONS[backend].count(",") + 1
 
     class SelfAttention(torch.autograd.Function):
         @staticmethod
@@ -583,7 +585,7 @@ def _self_attention_function(
             needs = needed[0], True in needed[1:]
             _refuse_tangents((grad_out,))
             if torch.is_grad_enabled():  # for a second derivative, which the operator refuses
-                grads = operator(*tensors, *options, *needs)
+                grads = operator(*tensors, *options[:of_operator], *needs)
             else:
                 with torch._C._AutoDispatchBelowAutograd():
                     grads = backward_call(*tensors, *options, *needs)
@@ -604,9 +606,11 @@ def _self_attention_function(
 def _launch_backward(grad_out: Tensor, *others: Any) -> tuple[Tensor, ...]:
     """Triton's launcher at once, unless an operator is looked for, or is to make of the gradient
     one that lies in memory: vmap hides a batch in it, complex numbers leave it to be negated."""
+    *arguments, known, need_input_grad, need_weight_grad = others
+    needs = need_input_grad, need_weight_grad
     if is_observed() or not has_memory(grad_out):
-        return _operator("separable_attention_backward", "triton")(grad_out, *others)
-    return triton_kernels.separable_attention_backward(grad_out, *others)
+        return _operator("separable_attention_backward", "triton")(grad_out, *arguments, *needs)
+    return triton_kernels.separable_attention_backward(grad_out, *arguments, *needs, known)
 
 
 def _shaped_as(weight: Tensor, grad: Tensor) -> Tensor:
@@ -620,7 +624,8 @@ native_self_attention = _self_attention_function(
     _operator("separable_attention_backward", "native")._op,
     True,  # for_backward
 )
-# The same, with dropout_p, which is 0.0, before act; weights are matrices.
+# The same, with dropout_p, which is 0.0, before act, and last what the launchers keep; weights are
+# matrices.
 triton_self_attention = _self_attention_function(
     "triton", triton_kernels.separable_attention, _launch_backward
 )

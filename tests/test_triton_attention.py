@@ -18,7 +18,7 @@ import pytest
 import torch
 from oracle import Case, check_layer, inputs_of, make_mask, run
 from test_triton_kernels import huge_memory, name_of
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cpu.memory import tensor_bytes
@@ -525,32 +525,74 @@ def test_float32_is_rounded_to_tf32_only_where_torch_allows_it(allowed: str, exp
 
 
 @pytest.mark.parametrize("dtype, kept", [(torch.float16, True), (torch.float32, False)])
+@pytest.mark.parametrize("training", [False, True])
 def test_a_layer_asks_of_every_call_what_its_kernels_depend_on(
-    dtype: torch.dtype, kept: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    training: bool,
+    dtype: torch.dtype,
+    kept: bool,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The rest is kept from the first call; not in float32, where a setting of torch's counts."""
     forget_plans()
-    layer = SeparableAttention(16, backend="triton", device=device, dtype=dtype).eval()
+    layer = SeparableAttention(16, backend="triton", device=device, dtype=dtype).train(training)
     x = torch.randn(2, 19, 16, device=device, dtype=dtype)
     without_bias = copy.deepcopy(layer)
     without_bias.out_proj.bias = None
+    frozen = copy.deepcopy(layer).requires_grad_(False)
+    unaligned = torch.cat([x[0, 0, :1], x.flatten()])[1:].view_as(x)  # not in 16-byte words
     calls = [
-        (layer, x),
-        (layer, torch.cat([x[0, 0, :1], x.flatten()])[1:].view_as(x)),  # not in 16-byte words
-        (layer, x.mT.contiguous().mT),
-        (layer, x[:, :7]),
-        (layer, x[:1]),
-        (without_bias, x),
+        (layer, x, x),
+        (layer, unaligned, x),
+        (layer, x, x.mT.contiguous().mT),
+        (layer, x, x[:, :, :1].expand_as(x)),
+        (layer, x.mT.contiguous().mT, x),
+        (layer, x[:, :7], x[:, :7]),
+        (layer, x[:1], x[:1]),
+        (without_bias, x, x),
+        (frozen, x, x),
     ]
-    with torch.no_grad():
-        expected = [module(value, need_weights=True)[0] for module, value in calls]
+
+    def results(module: nn.Module, x: Tensor, gradient: Tensor, **options: bool) -> list[Tensor]:
+        if not training:
+            result = module(x, **options)
+            return [result[0] if isinstance(result, tuple) else result]
+        x = x.detach().requires_grad_()
+        result = module(x, **options)
+        out = result[0] if isinstance(result, tuple) else result
+        leaves = [x, *(leaf for leaf in module.parameters() if leaf.requires_grad)]
+        return [out, *torch.autograd.grad(out, leaves, gradient)]
+
+    with torch.set_grad_enabled(training):
+        # With the weights the call goes another way, through the operator.
+        expected = [results(*call, need_weights=True) for call in calls]
         for _ in range(2):
-            for (module, value), result in zip(calls, expected, strict=True):
-                assert torch.equal(module(value), result)
-        planned = unittest.mock.Mock(wraps=attention._plan_forward)
-        monkeypatch.setattr(attention, "_plan_forward", planned)
-        layer(x)
-    assert planned.called != kept
+            for call, values in zip(calls, expected, strict=True):
+                for result, value in zip(results(*call), values, strict=True):
+                    assert torch.equal(result, value)
+        planners = [
+            unittest.mock.Mock(wraps=getattr(attention, name), __name__=name)
+            for name in ("_plan_forward", "_plan_backward")[: 1 + training]
+        ]
+        for planner in planners:
+            monkeypatch.setattr(attention, planner.__name__, planner)
+        results(*calls[0])
+    assert all(planner.called != kept for planner in planners)
+
+
+def test_what_is_saved_may_come_back_with_other_strides(device: torch.device) -> None:
+    """As from ``torch.autograd.graph.save_on_cpu``, after a call that found out the first ones."""
+    layer = SeparableAttention(16, backend="triton", device=device, dtype=torch.float16)
+    x = torch.randn(2, 16, 19, device=device).half().mT.requires_grad_()
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
+
+    expected = step()
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: value, Tensor.contiguous):
+        results = step()
+    for result, value in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, value, rtol=2e-3, atol=2e-3)
 
 
 # Paths, tiles and tables --------------------------------------------------------------------------

@@ -23,7 +23,6 @@ __all__ = [
     "context_pool_backward",
     "gate",
     "gate_backward",
-    "inference_and_known",
     "separable_attention",
     "separable_attention_backward",
     "separable_attention_inference",
@@ -99,11 +98,6 @@ def separable_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def separable_attention_inference(*arguments: Any) -> Tensor:
     """See :func:`sep_attn.triton_kernels.attention.separable_attention_inference`."""
     return _module("attention").separable_attention_inference(*arguments)
-
-
-def inference_and_known(*arguments: Any) -> tuple[Tensor, Any]:
-    """See :func:`sep_attn.triton_kernels.attention.inference_and_known`."""
-    return _module("attention").inference_and_known(*arguments)
 
 
 def separable_attention_backward(*arguments: Any) -> tuple[Tensor, ...]:

@@ -48,6 +48,7 @@ from sep_attn.triton_kernels.configs import (
 from sep_attn.triton_kernels.launch import (
     Launch,
     Operands,
+    Part,
     Strides,
     TokenGrid,
     kind_of,
@@ -372,12 +373,10 @@ def _slice_launch(call: Call, operands: Operands) -> Launch:
     return Launch(fused.slice_fwd_kernel, sides, arguments, splits)
 
 
-class Known(NamedTuple):
-    """What forward passes share whose tensors agree in shapes, strides, dtypes and device: to work
-    it out takes the host as long as a small layer takes the GPU."""
-
-    plan: ForwardPlan
-    kind: Hashable
+# Plans, and kinds of tensors, of the passes of one kind of call: one whose tensors agree in shapes,
+# strides, dtypes and device. To work them out takes the host as long as a small layer takes the
+# GPU. How products in float32 are rounded depends on a setting of torch's too: not for them.
+Known = dict[Hashable, tuple[Any, Hashable]]
 
 
 def _forward(
@@ -396,7 +395,7 @@ def _forward(
     known: Known | None = None,
     *,
     keep_weights: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Known | None]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     source = x if x_prev is None else x_prev
     slices, channels = x.shape[0] * patch_h * patch_w, num_channels(x)
     _check(x.dtype, channels)
@@ -407,11 +406,10 @@ def _forward(
     # The size not as a tuple: that would take PyTorch nearly a microsecond more.
     statistics = x.new_empty(slices, 2 * channels + 1, dtype=torch.float32)
     if slices == 0:
-        return out, weights, statistics, known
-    plan = (
-        known.plan
-        if known
-        else _plan_forward(
+        return out, weights, statistics
+    plan, kind = (known or {}).get(keep_weights, (None, None))
+    if plan is None:
+        plan = _plan_forward(
             call_of(x, source, act, patch_h, patch_w, dropout_p),
             x.stride(),
             source.stride(),
@@ -419,10 +417,9 @@ def _forward(
             None if weights is None else weights.stride(),
             out.stride(),
         )
-    )
     qkv_weight = qkv_weight.contiguous()
     qkv_bias = None if qkv_bias is None else qkv_bias.contiguous()
-    tensors = {
+    tensors: dict[str, Tensor | Part | None] = {
         "x_ptr": x,
         "source_ptr": source,
         "qkv_weight_ptr": qkv_weight,
@@ -439,12 +436,15 @@ def _forward(
         tensors["partial_ptr"] = statistics.new_empty(plan.partials)
     if plan.path == "wide":
         tensors["gated_ptr"] = torch.empty_like(out)
-        tensors["context_ptr"] = statistics[:, channels:]
-        tensors["value_weight_ptr"] = qkv_weight[1 + channels :]
-        tensors["value_bias_ptr"] = None if qkv_bias is None else qkv_bias[1 + channels :]
-    known = known or Known(plan, kind_of(x.device, tensors))
-    run(plan.launches, x.device, tensors, known.kind)
-    return out, weights, statistics, known
+        tensors["context_ptr"] = Part(statistics, channels)
+        tensors["value_weight_ptr"] = Part(qkv_weight, (1 + channels) * channels)
+        tensors["value_bias_ptr"] = None if qkv_bias is None else Part(qkv_bias, 1 + channels)
+    if kind is None:
+        kind = kind_of(x.device, tensors)
+        if known is not None and x.dtype != torch.float32:
+            known[keep_weights] = plan, kind
+    run(plan.launches, x.device, tensors, kind)
+    return out, weights, statistics
 
 
 def _check(dtype: torch.dtype, channels: int) -> None:
@@ -470,6 +470,8 @@ def separable_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         dropout_p: probability of a zero.
         act: ``"relu"`` or ``"identity"``.
         patch_h, patch_w: the patch of ``[B, D, H, W]``; 1, 1 for ``[B, N, D]``.
+        known: what earlier calls found out, if all agree in shapes, strides, dtypes and device of
+            their tensors and in all that is no tensor; filled here.
 
     Returns:
         ``out`` like x; the softmax weights in float32, one a token of the source;
@@ -479,7 +481,7 @@ def separable_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: more tokens a slice, or more channels, than the kernels count.
     """
-    out, weights, statistics, _ = _forward(*arguments, keep_weights=True)
+    out, weights, statistics = _forward(*arguments, keep_weights=True)
     assert weights is not None
     return out, weights, statistics
 
@@ -487,13 +489,6 @@ def separable_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def separable_attention_inference(*arguments: Any) -> Tensor:
     """The output alone; see :func:`separable_attention`."""
     return _forward(*arguments, keep_weights=False)[0]
-
-
-def inference_and_known(*arguments: Any) -> tuple[Tensor, Known | None]:
-    """The output, and what to give as the last argument of calls that agree with this one."""
-    out, _, _, known = _forward(*arguments, keep_weights=False)
-    # How products in float32 are rounded depends on a setting of torch's too.
-    return out, None if out.dtype == torch.float32 else known
 
 
 def _weight_grad(
@@ -825,6 +820,7 @@ def separable_attention_backward(
     patch_w: int,
     need_input_grad: bool,
     need_weight_grad: bool,
+    known: Known | None = None,
 ) -> tuple[Tensor, ...]:
     """The gradients of :func:`separable_attention`.
 
@@ -834,6 +830,7 @@ def separable_attention_backward(
         weights, statistics: what the forward returned; all others as given to it.
         need_input_grad: whether gradients of x and x_prev are wanted.
         need_weight_grad: whether those of weights and biases are.
+        known: as for the forward pass; strides may differ here.
 
     Returns:
         Gradients of x, x_prev, qkv_weight, qkv_bias, out_weight and out_bias in the dtype of x;
@@ -848,7 +845,7 @@ def separable_attention_backward(
 
     def weight_like(*shape: int) -> Tensor:
         wanted = shape if need_weight_grad else (0,)
-        return x.new_zeros(wanted) if slices == 0 else x.new_empty(wanted)
+        return x.new_zeros(*wanted) if slices == 0 else x.new_empty(*wanted)
 
     grad_qkv_weight = weight_like(1 + 2 * channels, channels)
     grad_qkv_bias = weight_like(1 + 2 * channels)
@@ -866,19 +863,23 @@ def separable_attention_backward(
     qkv_weight, out_weight = qkv_weight.contiguous(), out_weight.contiguous()
     qkv_bias = None if qkv_bias is None else qkv_bias.contiguous()
     like = grad_x if need_input_grad else torch.empty_like(x)
-    plan = _plan_backward(
-        call_of(x, source, act, patch_h, patch_w, dropout_p),
-        x_prev is not None,
-        need_input_grad,
-        need_weight_grad,
-        x.stride(),
-        source.stride(),
-        grad_out.stride(),
-        like.stride(),
-        None if grad_source is None else grad_source.stride(),
-        weights.stride(),
-        None if grad_weights is None else grad_weights.stride(),
-    )
+    # Between the passes a tensor may be kept elsewhere, and come back with other strides.
+    strides = grad_out.stride(), x.stride(), weights.stride()
+    needs = need_input_grad, need_weight_grad
+    plan, kind = (known or {}).get((strides, needs), (None, None))
+    if plan is None:
+        plan = _plan_backward(
+            call_of(x, source, act, patch_h, patch_w, dropout_p),
+            x_prev is not None,
+            *needs,
+            x.stride(),
+            source.stride(),
+            grad_out.stride(),
+            like.stride(),
+            None if grad_source is None else grad_source.stride(),
+            weights.stride(),
+            None if grad_weights is None else grad_weights.stride(),
+        )
     weights_delta = None
     if grad_weights is not None:
         per_slice = token_view(weights * grad_weights, patch_h, patch_w)
@@ -887,13 +888,13 @@ def separable_attention_backward(
     in_place = plan.in_place and not tracing.is_active()
     grad_v = like if in_place or not need_input_grad else torch.empty_like(x)
     scratch = _scratch(statistics, plan.scratch_before, plan.scratch_after)
-    partial = statistics.new_empty(plan.partial_shape)
-    tensors: dict[str, Tensor | None] = {
+    partial = statistics.new_empty(*plan.partial_shape)
+    tensors: dict[str, Tensor | Part | None] = {
         "grad_out_ptr": grad_out,
         "x_ptr": x,
         "source_ptr": source,
         "qkv_weight_ptr": qkv_weight,
-        "value_weight_ptr": qkv_weight[1 + channels :],
+        "value_weight_ptr": Part(qkv_weight, (1 + channels) * channels),
         "qkv_bias_ptr": qkv_bias,
         "out_weight_ptr": out_weight,
         "statistics_ptr": statistics,
@@ -912,30 +913,38 @@ def separable_attention_backward(
     if need_weight_grad:
         tensors |= {
             "grad_qkv_weight_ptr": grad_qkv_weight,
-            "grad_key_weight_ptr": grad_qkv_weight[1:],
-            "grad_value_weight_ptr": grad_qkv_weight[1 + channels :],
+            "grad_key_weight_ptr": Part(grad_qkv_weight, channels),
+            "grad_value_weight_ptr": Part(grad_qkv_weight, (1 + channels) * channels),
             "grad_out_weight_ptr": grad_out_weight,
             "grad_qkv_bias_ptr": grad_qkv_bias,
-            "grad_bias_ptr": grad_qkv_bias[1:],
+            "grad_bias_ptr": Part(grad_qkv_bias, 1),
             "grad_out_bias_ptr": grad_out_bias,
         }
+    if kind is None:
+        kind = kind_of(x.device, tensors)
+        if known is not None and x.dtype != torch.float32:
+            known[strides, needs] = plan, kind
     if plan.sum_tiles:
-        run(plan.before_sums, x.device, tensors)
-        run(plan.after_sums, x.device, tensors | {"partial_ptr": partial.sum(1)})
+        run(plan.before_sums, x.device, tensors, kind)
+        run(plan.after_sums, x.device, tensors | {"partial_ptr": partial.sum(1)}, kind)
     else:
-        run((*plan.before_sums, *plan.after_sums), x.device, tensors)
+        run((*plan.before_sums, *plan.after_sums), x.device, tensors, kind)
     return results
 
 
-def _scratch(like: Tensor, *groups: dict[str, int]) -> dict[str, Tensor]:
-    """Uninitialised tensors of so many values or a few more, parts of one that begin at a multiple
-    of 16 bytes. Groups lie in the same place: one is used after the other. A traced program has one
-    each: of parts it would make copies."""
+def _scratch(like: Tensor, *groups: dict[str, int]) -> dict[str, Tensor | Part]:
+    """Uninitialised memory of so many values, parts of one tensor that begin at a multiple of 16
+    bytes. Groups lie in the same place: one is used after the other. A traced program has a tensor
+    for each: of parts it would make copies."""
     if tracing.is_active():
         return {name: like.new_empty(size) for sizes in groups for name, size in sizes.items()}
-    padded = [[-(-size // 4) * 4 for size in sizes.values()] for sizes in groups]
-    whole = like.new_empty(max(map(sum, padded)))
-    scratch: dict[str, Tensor] = {}
-    for sizes, parts in zip(groups, padded, strict=True):
-        scratch |= zip(sizes, whole[: sum(parts)].split(parts), strict=True)
-    return scratch
+    starts: dict[str, int] = {}
+    most = 0
+    for sizes in groups:
+        first = 0
+        for name, size in sizes.items():
+            starts[name] = first
+            first += -(-size // 4) * 4
+        most = max(most, first)
+    whole = like.new_empty(most)
+    return {name: Part(whole, start) for name, start in starts.items()}

@@ -265,6 +265,35 @@ class Plan(NamedTuple):
     launches: tuple[Launch, ...]
 
 
+class Part:
+    """What lies in a contiguous tensor from its value ``first`` on, as kernels take it: to make a
+    view takes the host a microsecond or two."""
+
+    __slots__ = ("_first", "_whole", "dtype")
+
+    def __init__(self, whole: Tensor, first: int) -> None:
+        self._whole, self._first = whole, first
+        self.dtype = whole.dtype
+
+    def data_ptr(self) -> int:
+        return self._whole.data_ptr() + self._first * self.dtype.itemsize
+
+    def tensor(self) -> Tensor:
+        return self._whole.flatten()[self._first :]
+
+
+# What kernels are given, by the names that a call has for it.
+Tensors = Mapping[str, Tensor | Part | None]
+
+
+def _taken(launch: Launch, tensors: Tensors) -> dict[str, Tensor | None]:
+    """What a kernel takes of a call's tensors, by its own names."""
+    return {
+        name: value.tensor() if isinstance(value := tensors[operand], Part) else value
+        for name, operand in launch.operands.items()
+    }
+
+
 class Launch:
     """A kernel, its programs and everything it is told but its tensors.
 
@@ -307,25 +336,26 @@ class Launch:
         ]
 
     def __call__(
-        self, kind: Hashable, tensors: Mapping[str, Tensor | None], stream: int | None = None
+        self,
+        kind: Hashable,
+        tensors: Tensors,
+        addresses: Mapping[str, int | None],
+        stream: int | None = None,
     ) -> None:
         """Launches on what the kernel takes of ``tensors``, which are of this kind
-        (:func:`kind_of`). With a stream nothing but the launch itself is done; without one Triton
-        finds it out, and calls the hooks of a profiler."""
-        # Of a tensor Triton would ask the driver, for each launch, whether the GPU can reach it: it
-        # is given where the tensors begin.
+        (:func:`kind_of`) and begin at ``addresses``. With a stream nothing but the launch itself is
+        done; without one Triton finds it out, and calls the hooks of a profiler."""
         arguments, together = self._template.copy(), 0
         for place, operand in self._places:
-            value = tensors[operand]
-            if value is not None:
-                arguments[place] = address = value.data_ptr()
+            address = addresses[operand]
+            if address is not None:
+                arguments[place] = address
                 together |= address
         if together & 15:
             kind = kind, *[(arguments[place] or 0) & 15 == 0 for place, _ in self._places]
         compiled = self._compiled.get(kind)
         if compiled is None:
-            taken = {name: tensors[operand] for name, operand in self.operands.items()}
-            result = self.kernel[self.grid](**taken, **self.arguments)
+            result = self.kernel[self.grid](**_taken(self, tensors), **self.arguments)
             if isinstance(result, CompiledKernel):  # under the interpreter there is none
                 self._compiled[kind] = result
         elif stream is None:
@@ -335,7 +365,7 @@ class Launch:
             compiled.run(*self.grid, stream, compiled.function, metadata, *hooks, *arguments)
 
 
-def kind_of(device: torch.device, tensors: Mapping[str, Tensor | None]) -> Hashable:
+def kind_of(device: torch.device, tensors: Tensors) -> Hashable:
     """What Triton compiles a kernel by, besides a launch's own arguments and where tensors begin:
     which there are, and their dtypes."""
     dtypes = [None if value is None else value.dtype for value in tensors.values()]
@@ -345,22 +375,26 @@ def kind_of(device: torch.device, tensors: Mapping[str, Tensor | None]) -> Hasha
 def run(
     launches: Sequence[Launch],
     device: torch.device,
-    tensors: Mapping[str, Tensor | None],
+    tensors: Tensors,
     kind: Hashable = None,
 ) -> None:
     """Launches kernels one after another; each takes what it needs of the call's tensors, whose
     :func:`kind_of` may be known."""
     if tracing.is_active():
         for launch in launches:
-            taken = {name: tensors[operand] for name, operand in launch.operands.items()}
+            taken = _taken(launch, tensors)
             tracing.launch(launch.kernel, launch.grid, launch.arguments, taken)
         return
     if kind is None:
         kind = kind_of(device, tensors)
+    # Of a tensor Triton would ask the driver, for each launch, whether the GPU can reach it.
+    addresses = {
+        name: None if value is None else value.data_ptr() for name, value in tensors.items()
+    }
     with on_device(device):
         stream = current_stream(device)
         for launch in launches:
-            launch(kind, tensors, stream)
+            launch(kind, tensors, addresses, stream)
 
 
 def current_stream(device: torch.device) -> int | None:
