@@ -73,6 +73,8 @@ def take_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "COMBINE_COLUMNS", 16)
     monkeypatch.setattr(attention, "WEIGHT_PROGRAMS", 5)
     monkeypatch.setattr(attention, "WEIGHT_WARPS", 20)
+    monkeypatch.setattr(attention, "KEY_SLICES", 16)
+    monkeypatch.setattr(attention, "KEY_PROGRAMS", 8)
 
 
 @pytest.fixture(autouse=True)
@@ -177,6 +179,27 @@ def test_the_tiles_of_a_slice_are_summed_in_the_kernel_or_before(
     run(separable_attention, case, inputs, backend="triton")
     assert len(runs) == (3 if most < 7 else 2)  # forward, and backward before and after the sums
     check_layer(separable_attention, case, torch.float32, device, backend="triton")
+
+
+def test_programs_share_out_the_slices_for_the_key_weight(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five tiles of slices, the last with six, over two programs for each of four blocks of W_K."""
+    take_path("short", monkeypatch)
+    monkeypatch.setattr(attention, "CONTEXT_COLUMNS", 16)
+    plan = attention._key_weight
+    launches: list[tuple[int, launch.Launch]] = []
+
+    def plan_and_keep(*arguments: Any) -> Any:
+        splits, most, planned = plan(*arguments)
+        launches.append((splits, planned))
+        return splits, most, planned
+
+    monkeypatch.setattr(attention, "_key_weight", plan_and_keep)
+    case = Case((70, 3, 20), mask="random")
+    check_layer(separable_attention, case, torch.float32, device, backend="triton")
+    ((splits, planned),) = launches
+    assert (splits, planned.programs, planned.arguments["split_tiles"]) == (2, 8, 3)
 
 
 def test_more_slices_a_tile_than_a_block_of_them_has(

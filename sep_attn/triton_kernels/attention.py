@@ -84,12 +84,13 @@ COMBINE_COLUMNS = 32
 # multiprocessors.
 WEIGHT_PROGRAMS = 264
 WEIGHT_WARPS = 1056
-# What one row a slice needs in backward: slices and columns of a program, tiles of a slice that it
-# sums, for more are summed before, and slices that are multiplied at a time for W_K.
+# What one row a slice needs in backward: slices and columns of a program, and tiles of a slice that
+# it sums; more are summed before. For W_K, slices that are multiplied at a time, and programs.
 CONTEXT_SLICES = 16
 CONTEXT_COLUMNS = 64
 MOST_TILES_SUMMED = 16
 KEY_SLICES = 32
+KEY_PROGRAMS = 132
 # A tile of the parts that a sum has: more rows where there are few values, more values otherwise.
 SUM_VALUES = 2048
 SUM_ROWS = 32
@@ -634,7 +635,7 @@ def _key_weight(call: Call, operands: Operands) -> tuple[int, int, Launch]:
     channels, slices = operands.channels, operands.slices
     columns = min(CONTEXT_COLUMNS, _padded(channels))
     blocks = triton.cdiv(channels, columns) ** 2
-    most = max(1, WEIGHT_PROGRAMS // blocks)
+    most = max(1, KEY_PROGRAMS // blocks)
     splits, part_tiles = split_tiles(triton.cdiv(slices, KEY_SLICES), most)
     arguments = {
         "slices": slices,
