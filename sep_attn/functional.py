@@ -236,7 +236,7 @@ _NO_SUBCLASSES = {Parameter, Tensor, type(None)}
 
 @dataclasses.dataclass(slots=True)
 class _Served:
-    """What was found out of calls that Triton served: the patch, and what the launchers keep."""
+    """What was found out about calls that Triton served: the patch, and what the launchers keep."""
 
     patch: tuple[int, int]
     known: dict[Any, Any] = dataclasses.field(default_factory=dict)

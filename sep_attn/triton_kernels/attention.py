@@ -60,8 +60,8 @@ from sep_attn.triton_kernels.pooling import WEIGHTS_BLOCK
 from sep_attn.triton_kernels.tiles import MOST_CHANNELS, tiling
 
 # A band of up to SHORT_TOKENS tokens is a program's work where there are SHORT_PROGRAMS of them.
-# Where there are fewer, one of up to SHARED_VALUES values or a single tile is the work of a few
-# programs, until there are SHARED_PROGRAMS: that each reads all of it costs less than two launches.
+# Where there are fewer, so is one of up to SHARED_VALUES values, or of a single tile: that several
+# programs read all of it costs less than two launches. As many share one as make SHARED_PROGRAMS.
 SHORT_TOKENS = 1024
 SHORT_PROGRAMS = 64
 SHARED_VALUES = 2**16
@@ -844,6 +844,8 @@ def separable_attention_backward(
     if x_prev is not None and need_input_grad:
         grad_source = torch.empty_like(x_prev)
 
+    input_grads = grad_x, x.new_empty(0) if grad_source is None else grad_source
+
     def weight_like(*shape: int) -> Tensor:
         wanted = shape if need_weight_grad else (0,)
         return x.new_zeros(*wanted) if slices == 0 else x.new_empty(*wanted)
@@ -851,23 +853,18 @@ def separable_attention_backward(
     grad_qkv_weight = weight_like(1 + 2 * channels, channels)
     grad_qkv_bias = weight_like(1 + 2 * channels)
     grad_out_weight, grad_out_bias = weight_like(channels, channels), weight_like(channels)
-    results = (
-        grad_x,
-        x.new_empty(0) if grad_source is None else grad_source,
-        grad_qkv_weight,
-        grad_qkv_bias,
-        grad_out_weight,
-        grad_out_bias,
-    )
     if slices == 0 or not (need_input_grad or need_weight_grad):
-        return results
+        return *input_grads, grad_qkv_weight, grad_qkv_bias, grad_out_weight, grad_out_bias
+    statistics = statistics.contiguous()
     qkv_weight, out_weight = qkv_weight.contiguous(), out_weight.contiguous()
     qkv_bias = None if qkv_bias is None else qkv_bias.contiguous()
     like = grad_x if need_input_grad else torch.empty_like(x)
-    # Between the passes a tensor may be kept elsewhere, and come back with other strides.
-    strides = grad_out.stride(), x.stride(), weights.stride()
     needs = need_input_grad, need_weight_grad
-    plan, kind = (known or {}).get((strides, needs), (None, None))
+    plan, kind, pass_key = None, None, None
+    if known is not None:  # which no traced program has, whose strides may be symbols
+        # Between the passes a tensor may be kept elsewhere, and come back with other strides.
+        pass_key = grad_out.stride(), x.stride(), weights.stride(), needs
+        plan, kind = known.get(pass_key, (None, None))
     if plan is None:
         plan = _plan_backward(
             call_of(x, source, act, patch_h, patch_w, dropout_p),
@@ -885,8 +882,10 @@ def separable_attention_backward(
     if grad_weights is not None:
         per_slice = token_view(weights * grad_weights, patch_h, patch_w)
         weights_delta = per_slice.sum((-2, -1), dtype=torch.float32).flatten()
-    # A traced program has a tensor for each: Inductor would copy one that is read and written.
-    in_place = plan.in_place and not tracing.is_active()
+    # In a traced program every result of a kernel is a tensor of its own: one that is read as well
+    # Inductor copies, and of two that overlap it writes back whole the one it copied first.
+    traced = tracing.is_active()
+    in_place = plan.in_place and not traced
     grad_v = like if in_place or not need_input_grad else torch.empty_like(x)
     scratch = _scratch(statistics, plan.scratch_before, plan.scratch_after)
     partial = statistics.new_empty(*plan.partial_shape)
@@ -911,26 +910,35 @@ def separable_attention_backward(
         "grad_source_ptr": grad_source,
         **scratch,
     }
+    if need_weight_grad and traced:
+        rows = [x.new_empty(count, channels) for count in (1, channels, channels)]
+        biases = [x.new_empty(1), x.new_empty(2 * channels)]
+    elif need_weight_grad:
+        firsts = (0, channels, (1 + channels) * channels)
+        rows = [Part(grad_qkv_weight, first) for first in firsts]
+        biases = [Part(grad_qkv_bias, first) for first in (0, 1)]
     if need_weight_grad:
         tensors |= {
-            "grad_qkv_weight_ptr": grad_qkv_weight,
-            "grad_key_weight_ptr": Part(grad_qkv_weight, channels),
-            "grad_value_weight_ptr": Part(grad_qkv_weight, (1 + channels) * channels),
+            "grad_qkv_weight_ptr": rows[0],
+            "grad_key_weight_ptr": rows[1],
+            "grad_value_weight_ptr": rows[2],
+            "grad_qkv_bias_ptr": biases[0],
+            "grad_bias_ptr": biases[1],
             "grad_out_weight_ptr": grad_out_weight,
-            "grad_qkv_bias_ptr": grad_qkv_bias,
-            "grad_bias_ptr": Part(grad_qkv_bias, 1),
             "grad_out_bias_ptr": grad_out_bias,
         }
     if kind is None:
         kind = kind_of(x.device, tensors)
         if known is not None and x.dtype != torch.float32:
-            known[strides, needs] = plan, kind
+            known[pass_key] = plan, kind
     if plan.sum_tiles:
         run(plan.before_sums, x.device, tensors, kind)
         run(plan.after_sums, x.device, tensors | {"partial_ptr": partial.sum(1)}, kind)
     else:
         run((*plan.before_sums, *plan.after_sums), x.device, tensors, kind)
-    return results
+    if need_weight_grad and traced:
+        grad_qkv_weight, grad_qkv_bias = torch.cat(rows), torch.cat(biases)
+    return *input_grads, grad_qkv_weight, grad_qkv_bias, grad_out_weight, grad_out_bias
 
 
 def _scratch(like: Tensor, *groups: dict[str, int]) -> dict[str, Tensor | Part]:

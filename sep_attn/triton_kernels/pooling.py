@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sep_attn.layout import accumulate_dtype, num_channels
+from sep_attn.triton_kernels import tracing
 from sep_attn.triton_kernels.launch import (
     ACCUMULATE,
     COMBINE_CHANNELS,
@@ -421,7 +422,7 @@ def context_pool(
         weights=weights.stride(),
     )
     partial = pooled
-    if len(plan.launches) > 1:
+    if len(plan.launches) > 1 or tracing.is_active():  # see attention.separable_attention_backward
         partial = x.new_empty((slices * plan.splits, channels + 3), dtype=dtype)
     tensors = {
         "x_ptr": x,

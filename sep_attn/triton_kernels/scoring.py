@@ -5,7 +5,7 @@
 Short slices do this inside :mod:`sep_attn.triton_kernels.fused`, from the device functions here.
 For the others the tokens of a band are split over programs (one read of x'), and a second kernel
 combines the parts in a fixed order and applies W_K. Backward goes from the context to the pooled
-x' and the softmax, one row a slice, and then reads x' once more.
+x', the softmax and W_K, one row a slice, and reads x' once more.
 """
 
 from __future__ import annotations
