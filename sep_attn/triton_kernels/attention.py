@@ -882,8 +882,8 @@ def separable_attention_backward(
     if grad_weights is not None:
         per_slice = token_view(weights * grad_weights, patch_h, patch_w)
         weights_delta = per_slice.sum((-2, -1), dtype=torch.float32).flatten()
-    # In a traced program every result of a kernel is a tensor of its own: one that is read as well
-    # Inductor copies, and of two that overlap it writes back whole the one it copied first.
+    # In a traced program every result of a kernel is a tensor of its own: Inductor copies what is
+    # read as well, and of two that overlap it writes one back over the other.
     traced = tracing.is_active()
     in_place = plan.in_place and not traced
     grad_v = like if in_place or not need_input_grad else torch.empty_like(x)
@@ -910,14 +910,8 @@ def separable_attention_backward(
         "grad_source_ptr": grad_source,
         **scratch,
     }
-    if need_weight_grad and traced:
-        rows = [x.new_empty(count, channels) for count in (1, channels, channels)]
-        biases = [x.new_empty(1), x.new_empty(2 * channels)]
-    elif need_weight_grad:
-        firsts = (0, channels, (1 + channels) * channels)
-        rows = [Part(grad_qkv_weight, first) for first in firsts]
-        biases = [Part(grad_qkv_bias, first) for first in (0, 1)]
     if need_weight_grad:
+        rows, biases = _pieces(grad_qkv_weight, grad_qkv_bias)
         tensors |= {
             "grad_qkv_weight_ptr": rows[0],
             "grad_key_weight_ptr": rows[1],
@@ -939,6 +933,17 @@ def separable_attention_backward(
     if need_weight_grad and traced:
         grad_qkv_weight, grad_qkv_bias = torch.cat(rows), torch.cat(biases)
     return *input_grads, grad_qkv_weight, grad_qkv_bias, grad_out_weight, grad_out_bias
+
+
+def _pieces(weight: Tensor, bias: Tensor) -> tuple[list[Any], list[Any]]:
+    """Of qkv_proj's gradients: the rows of score, keys and values, and the biases of the score and
+    of the others. In a traced program they are to be put together."""
+    channels = weight.shape[1]
+    if tracing.is_active():
+        rows = [weight.new_empty(count, channels) for count in (1, channels, channels)]
+        return rows, [bias.new_empty(count) for count in (1, 2 * channels)]
+    firsts = (0, channels, (1 + channels) * channels)
+    return [Part(weight, first) for first in firsts], [Part(bias, first) for first in (0, 1)]
 
 
 def _scratch(like: Tensor, *groups: dict[str, int]) -> dict[str, Tensor | Part]:
