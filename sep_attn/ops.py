@@ -554,10 +554,10 @@ def _self_attention_function(
     backward_call: Callable[..., Any],
     *last_arguments: bool,
 ) -> Callable[..., Tensor]:
-    """Both calls take what the operators of the backend take, and any options that come after
-    theirs; ``last_arguments`` only the first."""
+    """Both calls take what the operators of the backend take, and then any options beyond theirs;
+    ``last_arguments`` only the first."""
     operator = _operator("separable_attention_backward", backend)
-    of_operator = _LAYER_OPTIONS[backend].count(",") + 1
+    operator_options = _LAYER_OPTIONS[backend].count(",") + 1
 
     class SelfAttention(torch.autograd.Function):
         @staticmethod
@@ -580,15 +580,16 @@ def _self_attention_function(
         @staticmethod
         def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
             x, qkv_weight, qkv_bias, out_weight, *kept = ctx.saved_tensors
-            needed, options = ctx.needs_input_grad, ctx.options
+            needed = ctx.needs_input_grad
+            options, further = ctx.options[:operator_options], ctx.options[operator_options:]
             tensors = (grad_out, None, x, None, qkv_weight, qkv_bias, out_weight, None, *kept)
             needs = needed[0], True in needed[1:]
             _refuse_tangents((grad_out,))
             if torch.is_grad_enabled():  # for a second derivative, which the operator refuses
-                grads = operator(*tensors, *options[:of_operator], *needs)
+                grads = operator(*tensors, *options, *needs)
             else:
                 with torch._C._AutoDispatchBelowAutograd():
-                    grads = backward_call(*tensors, *options, *needs)
+                    grads = backward_call(*tensors, *options, *needs, *further)
             grad_x, _, grad_qkv_weight, grad_qkv_bias, grad_out_weight, grad_out_bias = grads
             return (
                 grad_x if needed[0] else None,
@@ -596,7 +597,7 @@ def _self_attention_function(
                 grad_qkv_bias if needed[2] else None,
                 _shaped_as(out_weight, grad_out_weight) if needed[3] else None,
                 grad_out_bias if needed[4] else None,
-                *(None,) * len(options),
+                *(None,) * len(ctx.options),
             )
 
     apply: Callable[..., Tensor] = SelfAttention.apply
@@ -606,11 +607,10 @@ def _self_attention_function(
 def _launch_backward(grad_out: Tensor, *others: Any) -> tuple[Tensor, ...]:
     """Triton's launcher at once, unless an operator is looked for, or is to make of the gradient
     one that lies in memory: vmap hides a batch in it, complex numbers leave it to be negated."""
-    *arguments, known, need_input_grad, need_weight_grad = others
-    needs = need_input_grad, need_weight_grad
+    *of_operator, known = others
     if is_observed() or not has_memory(grad_out):
-        return _operator("separable_attention_backward", "triton")(grad_out, *arguments, *needs)
-    return triton_kernels.separable_attention_backward(grad_out, *arguments, *needs, known)
+        return _operator("separable_attention_backward", "triton")(grad_out, *of_operator)
+    return triton_kernels.separable_attention_backward(grad_out, *of_operator, known)
 
 
 def _shaped_as(weight: Tensor, grad: Tensor) -> Tensor:
