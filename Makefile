@@ -14,10 +14,11 @@ CPP := $(shell find csrc benchmarks -name '*.cpp' -o -name '*.h')
 
 ABI_TORCH := 2.10.0 2.13.0
 
-.PHONY: help test sanitize test-neon fuzz bench microbench gpu lint format clean bench-cpu train docs wheel abi paper tune
+.PHONY: help test test-ptx sanitize test-neon fuzz bench microbench gpu lint format clean bench-cpu train docs wheel abi paper tune
 
 help:
 	@echo "make test        the tests (no GPU, no network)"
+	@echo "make test-ptx    the layer's tests on what Triton compiles for sm_90, run on the CPU"
 	@echo "make sanitize    the kernels' C++ tests under address, undefined-behaviour and thread sanitizers"
 	@echo "make test-neon   the same for 64-bit ARM, cross-compiled, in QEMU"
 	@echo "make fuzz        random calls against float64: CASES=$(CASES) SEED=$(SEED)"
@@ -49,6 +50,9 @@ test: $(VENV)/built
 	for folder in build/temp.*/sep_attn-native; do \
 	  $(BIN)/ctest --test-dir $$folder --parallel $(WORKERS) --output-on-failure || exit; done
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --durations 10
+
+test-ptx: $(VENV)/built
+	$(BIN)/python -m pytest --ptx --numprocesses $(WORKERS) --timeout 1200 tests/test_layer.py -k triton
 
 # $(call kernel-tests,preset): configures, builds and runs a preset of CMakePresets.json.
 define kernel-tests

@@ -16,7 +16,7 @@ import re
 import subprocess
 import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from sep_attn import functional
 from sep_attn.layout import num_channels, token_shape
 from sep_attn.triton_kernels import attention
 
@@ -94,28 +95,35 @@ class Launch:
         return {self.kernel.arg_names[path[0]]: value for path, value in self.constants.items()}
 
 
+@functools.cache
+def _binder(kernel: JITFunction, backend: Any) -> Any:
+    return create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
+def bind(
+    kernel: JITFunction, backend: Any, grid: Sequence[int], *args: Any, **kwargs: Any
+) -> tuple[dict[str, Any], Launch]:
+    """A launch's arguments by the kernel's names, and what Triton would compile for them."""
+    kwargs |= {"debug": False}
+    bound, specialization, options = _binder(kernel, backend)(*args, **kwargs)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, kwargs, bound, specialization, options
+    )
+    key = str(specialization)
+    made = dict(options.__dict__)
+    return bound, Launch(kernel, key, signature, constants, attributes, made, grid[0])
+
+
 @contextlib.contextmanager
 def recording(target: GPUTarget) -> Iterator[list[Launch]]:
     """Keeps every launch in the list it gives, and launches nothing."""
     backend = make_backend(target)
     launches: list[Launch] = []
 
-    @functools.cache
-    def binder(kernel: JITFunction) -> Any:
-        return create_function_from_signature(kernel.signature, kernel.params, backend)
-
     def record(
-        kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any
+        kernel: JITFunction, *args: Any, grid: Sequence[int], warmup: bool, **kwargs: Any
     ) -> None:
-        kwargs |= {"debug": False}
-        bound, specialization, options = binder(kernel)(*args, **kwargs)
-        options, signature, constants, attributes = kernel._pack_args(
-            backend, kwargs, bound, specialization, options
-        )
-        key = str(specialization)
-        launches.append(
-            Launch(kernel, key, signature, constants, attributes, dict(options.__dict__), grid[0])
-        )
+        launches.append(bind(kernel, backend, grid, *args, **kwargs)[1])
 
     run, JITFunction.run = JITFunction.run, record
     try:
@@ -232,6 +240,13 @@ class LayerCase:
         return describe_case(self)
 
 
+def forget_plans() -> None:
+    """Has the next call of the layer choose its kernels anew."""
+    functional._SERVED.clear()
+    attention._plan_forward.cache_clear()
+    attention._plan_backward.cache_clear()
+
+
 def launch_layer(case: LayerCase, target_name: str) -> None:
     """Calls the launchers of the fused layer as they would be called on a GPU of this target."""
     x = in_memory(torch.zeros(case.shape, dtype=case.dtype), case.memory)
@@ -242,8 +257,7 @@ def launch_layer(case: LayerCase, target_name: str) -> None:
     qkv_weight, out_weight = x.new_zeros(1 + 2 * dim, dim), x.new_zeros(dim, dim)
     qkv_bias, out_bias = x.new_zeros(1 + 2 * dim), x.new_zeros(dim)
     options = (dropout_p, "relu", *case.patch)
-    attention._plan_forward.cache_clear()
-    attention._plan_backward.cache_clear()
+    forget_plans()
     path_of = (lambda *_: case.path) if case.path else attention.path_of
     most_at_once = attention.MOST_FUSED_BACKWARD_CHANNELS if case.at_once else {2: 0, 4: 0}
     with (

@@ -9,22 +9,42 @@ import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    # Triton reads this when it is imported: its kernels then run on CPU tensors.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help = "run the Triton kernels as compiled for sm_90 (tests/ptx), not in Triton's interpreter"
+    parser.addoption("--ptx", action="store_true", help=help)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU")
+    config.addinivalue_line("markers", "compiled: too long for Triton's interpreter")
     torch.set_num_threads(2)
+    if not HAS_GPU and not config.getoption("ptx"):
+        # Triton reads this when it is imported: its kernels then run on CPU tensors.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if HAS_GPU:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no GPU on this machine"))
+        elif item.get_closest_marker("compiled") and not config.getoption("ptx"):
+            item.add_marker(pytest.mark.skip(reason="no GPU on this machine, nor --ptx"))
+
+
+@pytest.fixture(autouse=True)
+def compiled_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With ``--ptx``, what Triton's compiler makes of the kernels."""
+    if not request.config.getoption("ptx"):
+        yield
+        return
+    from ptx import running
+
+    with running():
+        yield
 
 
 @pytest.fixture

@@ -18,10 +18,12 @@ import pytest
 import torch
 from filelock import FileLock  # torch needs it too
 from oracle import Case, distance, inputs_of
-from test_triton_attention import PATHS, call, forget_plans, take_path
+from test_triton_attention import PATHS, call, take_path
 from test_triton_compile import IN_THREE_PARTS, run_without_interpreter
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+
+from benchmarks.machine_code import forget_plans
 
 pytest.importorskip("triton")
 

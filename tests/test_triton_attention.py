@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cpu.memory import tensor_bytes
-from sep_attn import SeparableAttention, functional, ops
+from benchmarks.machine_code import forget_plans
+from sep_attn import SeparableAttention, ops
 from sep_attn.functional import separable_attention
 from sep_attn.layout import default_patch_size, token_shape
 
@@ -50,12 +51,6 @@ CASES = [
     Case((2, 19, 16), memory="expanded"),
     Case((0, 37, 16), need_weights=True),
 ]
-
-
-def forget_plans() -> None:
-    functional._SERVED.clear()
-    attention._plan_forward.cache_clear()
-    attention._plan_backward.cache_clear()
 
 
 def take_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:

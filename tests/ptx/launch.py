@@ -1,0 +1,107 @@
+"""Launches of Triton kernels, compiled for an NVIDIA GPU and run by :class:`.machine.Machine`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import random
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from torch import Tensor
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction
+
+from benchmarks.machine_code import TARGETS, bind, compile_launch, forget_plans
+from sep_attn import triton_kernels
+from sep_attn.triton_kernels import attention
+
+from .assembly import parse
+from .machine import Machine
+from .memory import GlobalMemory
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """A launch that was run: its kernel, its programs, and the instructions that they took."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    instructions: int
+
+
+def _flat(value: Any, kind: Any) -> Iterator[tuple[Any, str]]:
+    """Of an argument what is not compiled into the kernel; tuples in pieces."""
+    if isinstance(kind, tuple):
+        for one, of in zip(value, kind, strict=True):
+            yield from _flat(one, of)
+    elif kind != "constexpr":
+        yield value, kind
+
+
+def _bits(value: Any, kind: str) -> Any:
+    if isinstance(value, Tensor):
+        return np.uint64(value.data_ptr())
+    if kind == "fp32":
+        return np.uint32(struct.unpack("I", struct.pack("f", value))[0])
+    size, word = (64, np.uint64) if kind.endswith("64") else (32, np.uint32)
+    return word(int(value) % 2**size)
+
+
+@contextlib.contextmanager
+def running(target_name: str = "sm_90", seed: int | None = None) -> Iterator[list[Ran]]:
+    """Runs what is launched inside it on tensors in the CPU's memory, and lists it. The Triton
+    backend then serves such tensors. Needs ``TRITON_INTERPRET`` unset.
+
+    Args:
+        target_name: the architecture whose configurations and code are taken.
+        seed: of the order in which the programs of a launch run; None from the first to the last.
+
+    Raises:
+        Fault: see :mod:`ptx`.
+    """
+    target = TARGETS[target_name]
+    backend = make_backend(target)
+    compiled: dict[Any, Any] = {}
+    ran: list[Ran] = []
+
+    def run(kernel: JITFunction, *args: Any, grid: Sequence[int], warmup: bool, **kw: Any) -> None:
+        arguments, launch = bind(kernel, backend, grid, *args, **kw)
+        key = launch, str(launch.options)
+        if key not in compiled:
+            made = compile_launch(launch, target)
+            compiled[key] = parse(made.asm["ptx"]), made.metadata.shared
+        assembly, shared_bytes = compiled[key]
+        given = [
+            (name, value, kind)
+            for name, whole in arguments.items()
+            for value, kind in _flat(whole, launch.signature[name])
+        ]
+        # After these come pointers to scratch memory, of which the kernels ask for none.
+        words = itertools.chain(
+            (_bits(value, kind) for _, value, kind in given), [np.uint64(0)] * 2
+        )
+        parameters = dict(zip(assembly.parameters, words, strict=True))
+        tensors = {name: value for name, value, _ in given if isinstance(value, Tensor)}
+        machine = Machine(assembly, parameters, GlobalMemory(tensors), shared_bytes)
+        sizes = (*grid, 1, 1)[:3]
+        programs = [program[::-1] for program in itertools.product(*map(range, sizes[::-1]))]
+        if seed is not None:
+            random.Random(seed).shuffle(programs)
+        with np.errstate(all="ignore"):
+            for index, program in enumerate(programs):
+                machine.run(program, sizes, index)
+        ran.append(Ran(assembly.name, sizes, machine.executed))
+
+    forget_plans()
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(attention, "architecture", lambda _: target_name),
+        mock.patch.object(triton_kernels, "unavailable_reason", lambda _: None),
+    ):
+        yield ran
+    forget_plans()
