@@ -110,13 +110,13 @@ def _logic_table(a: Any, b: Any, c: Any, table: Any) -> Any:
 
 
 def _permute(a: Any, b: Any, selector: Any) -> Any:
-    assert np.ndim(selector) == 0
     both = b.astype(np.uint64) << np.uint64(32) | a.astype(np.uint64)
-    result = np.zeros(np.shape(both), np.uint64)
+    result = np.uint64(0)
     for place in range(4):
-        code = int(selector) >> 4 * place & 15
-        assert code < 8, "a sign in prmt"
-        result |= (both >> np.uint64(8 * code) & np.uint64(255)) << np.uint64(8 * place)
+        code = np.asarray(selector).astype(np.uint64) >> np.uint64(4 * place) & np.uint64(15)
+        byte = both >> np.uint64(8) * (code & np.uint64(7)) & np.uint64(255)
+        sign = np.where(byte & np.uint64(128), np.uint64(255), np.uint64(0))
+        result = result | np.where(code & np.uint64(8), sign, byte) << np.uint64(8 * place)
     return result.astype(np.uint32)
 
 

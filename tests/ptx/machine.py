@@ -208,10 +208,19 @@ class Machine:
         self.put(target, convert(instruction.parts, *words), active)
 
     def _setp(self, instruction: Instruction, active: Array | None) -> None:
-        parts, (target, *sources) = instruction.parts, instruction.operands
+        parts, (*targets, first, second) = instruction.parts, instruction.operands
         kind = parts[-1]
-        first, second = (as_type(self.get(source, kind), kind) for source in sources)
-        self.put(target, COMPARE[parts[1]](first, second), active)
+        words = self.get(first, kind), self.get(second, kind)
+        if len(targets) == 2:  # of two halves, the lower first
+            half = kind.removesuffix("x2")
+            a, b = (tensor_cores.values_of(np.asarray(word), half) for word in words)
+            for place, target in enumerate(targets):
+                self.put(target, COMPARE[parts[1]](a[..., place], b[..., place]), active)
+            return
+        a, b = (as_type(word, kind) for word in words)
+        if kind in ("f16", "bf16"):
+            a, b = (tensor_cores.halves_of(as_type(word, "b16"), kind) for word in words)
+        self.put(targets[0], COMPARE[parts[1]](a, b), active)
 
     def _selp(self, instruction: Instruction, active: Array | None) -> None:
         kind, (target, first, second, chosen) = instruction.parts[-1], instruction.operands
@@ -383,8 +392,8 @@ class Machine:
         elif what == "wait_group":
             while len(self.products) - 1 > int(instruction.operands[0]):
                 for product in self.products.pop(0):
-                    for grains in product.held:
-                        self.shared.end_product(grains, self.program, self.clock)
+                    for places in product.held:
+                        self.shared.end_product(places, self.program, self.clock)
             self._note_registers()
         elif what == "mma_async":
             self._multiply(instruction)
@@ -410,8 +419,8 @@ class Machine:
                 raise Fault("threads of a warpgroup describe different matrices")
             itemsize = 4 if kind == "tf32" else 2
             places = tensor_cores.addresses(int(given[0]), rows, depth, itemsize, turned)
-            found, grains = self.shared.begin_product(places.ravel(), itemsize, self.clock)
-            held.append(grains)
+            found, read = self.shared.begin_product(places.ravel(), itemsize, self.clock)
+            held.append(read)
             return tensor_cores.items_of(found.reshape(rows, depth, itemsize), kind)
 
         product = []

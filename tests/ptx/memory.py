@@ -12,7 +12,6 @@ from torch import Tensor
 
 Array = NDArray[Any]
 
-GRAIN = 2  # bytes whose history is kept together: the smallest value that kernels store
 NOBODY, SEVERAL = -1, -2
 WARP = 32
 # How far apart threads may be that store "the same" sum: :func:`_alike`.
@@ -32,30 +31,30 @@ class Clock:
 
 
 class Access:
-    """Who touched each grain last, and when."""
+    """Who touched each byte last, and when."""
 
-    def __init__(self, grains: int) -> None:
-        self.thread = np.full(grains, NOBODY, np.int32)
-        self.program = np.full(grains, NOBODY, np.int32)
-        self.barriers = np.zeros(grains, np.int32)
-        self.warp_barriers = np.zeros(grains, np.int32)
+    def __init__(self, size: int) -> None:
+        self.thread = np.full(size, NOBODY, np.int32)
+        self.program = np.full(size, NOBODY, np.int32)
+        self.barriers = np.zeros(size, np.int32)
+        self.warp_barriers = np.zeros(size, np.int32)
 
-    def note(self, grains: Array, threads: Array | int, program: Array | int, clock: Clock) -> None:
-        self.thread[grains] = threads
-        self.program[grains] = program
-        self.barriers[grains] = clock.barriers
-        self.warp_barriers[grains] = clock.warp_barriers
+    def note(self, places: Array, threads: Array | int, program: Array | int, clock: Clock) -> None:
+        self.thread[places] = threads
+        self.program[places] = program
+        self.barriers[places] = clock.barriers
+        self.warp_barriers[places] = clock.warp_barriers
 
-    def may_meet(self, grains: Array, threads: Array, clock: Clock) -> Array:
+    def may_meet(self, places: Array, threads: Array, clock: Clock) -> Array:
         """Where another thread's access and one by ``threads`` now come in any order."""
-        who = self.thread[grains]
-        others = (who != threads) & (who != NOBODY) & (self.barriers[grains] == clock.barriers)
+        who = self.thread[places]
+        others = (who != threads) & (who != NOBODY) & (self.barriers[places] == clock.barriers)
         same_warp = (who >= 0) & (who // WARP == threads // WARP)
-        return others & ~(same_warp & (self.warp_barriers[grains] < clock.warp_barriers))
+        return others & ~(same_warp & (self.warp_barriers[places] < clock.warp_barriers))
 
-    def is_elsewhere(self, grains: Array, program: int) -> Array:
+    def is_elsewhere(self, places: Array, program: int) -> Array:
         """Where another program's access was."""
-        owner = self.program[grains]
+        owner = self.program[places]
         return (owner != NOBODY) & (owner != program)
 
 
@@ -71,63 +70,58 @@ class Memory:
 
     def __init__(self, name: str, start: int, data: Array, inside: Array) -> None:
         self.name, self.start, self.data, self.inside = name, start, data, inside
-        grains = -(-len(data) // GRAIN)
-        self.stores, self.loads = Access(grains), Access(grains)
-        self.fences = np.full(grains, NOBODY, np.int32)  # passed before the last store
-        self.filling = np.zeros(grains, bool)  # by an asynchronous copy
-        self.multiplied = np.zeros(grains, np.int16)  # products under way that read it
+        size = len(data)
+        self.stores, self.loads = Access(size), Access(size)
+        self.fences = np.full(size, NOBODY, np.int32)  # passed before the last store
+        self.filling = np.zeros(size, bool)  # by an asynchronous copy
+        self.multiplied = np.zeros(size, np.int16)  # products under way that read it
 
-    def _places(self, addresses: Array, width: int) -> tuple[Array, Array]:
-        """Bytes and grains of accesses of ``width`` bytes, ``[threads, ...]``; faults on those that
-        lie outside or not at a multiple of their width."""
+    def _places(self, addresses: Array, width: int) -> Array:
+        """The bytes of accesses of ``width`` bytes, ``[threads, width]``; faults on those that lie
+        outside or not at a multiple of their width."""
         first = addresses - self.start
         if np.any(addresses % width):
             raise Fault(f"{self.name}: {width} bytes at an address that is no multiple of it")
         if np.any((first < 0) | (first + width > len(self.data))):
             where = f"{first.min()} to {first.max()} of {len(self.data)}"
             raise Fault(f"{self.name}: {width} bytes outside, at byte {where}")
-        bytes_ = first[:, None] + np.arange(width)
-        if not self.inside[bytes_].all():
+        places = first[:, None] + np.arange(width)
+        if not self.inside[places].all():
             raise Fault(f"{self.name}: {width} bytes that are no element of a tensor")
-        return bytes_, first[:, None] // GRAIN + np.arange(max(1, width // GRAIN))
+        return places
 
     def load(
         self, addresses: Array, width: int, threads: Array, program: int, clock: Clock
     ) -> Array:
         """``[threads, width]`` bytes."""
-        bytes_, grains = self._places(addresses, width)
-        who = np.broadcast_to(threads[:, None], grains.shape)
-        if self.filling[grains].any():
+        places = self._places(addresses, width)
+        who = np.broadcast_to(threads[:, None], places.shape)
+        if self.filling[places].any():
             raise Fault(f"{self.name}: read while an asynchronous copy fills it")
-        if self.stores.is_elsewhere(grains, program).any():
+        if self.stores.is_elsewhere(places, program).any():
             raise Fault(f"{self.name}: written by one program, read by another")
-        if self.stores.may_meet(grains, who, clock).any():
+        if self.stores.may_meet(places, who, clock).any():
             raise Fault(f"{self.name}: written by one thread, read by another, no barrier between")
-        by_now = self.loads.barriers[grains] == clock.barriers
-        shared = by_now & (self.loads.thread[grains] != NOBODY) & (self.loads.thread[grains] != who)
-        elsewhere = self.loads.is_elsewhere(grains, program)
-        self.loads.note(
-            grains,
-            np.where(shared, SEVERAL, who),
-            np.where(elsewhere, SEVERAL, program),
-            clock,
-        )
-        self.loads.thread[grains[self.loads.thread[grains] != np.where(shared, SEVERAL, who)]] = (
-            SEVERAL  # several threads of this very instruction
-        )
-        return self.data[bytes_]
+        by_now = self.loads.barriers[places] == clock.barriers
+        shared = by_now & (self.loads.thread[places] != NOBODY) & (self.loads.thread[places] != who)
+        elsewhere = self.loads.is_elsewhere(places, program)
+        readers = np.where(shared, SEVERAL, who)
+        self.loads.note(places, readers, np.where(elsewhere, SEVERAL, program), clock)
+        # Of threads of this very instruction only one has been noted.
+        self.loads.thread[places[self.loads.thread[places] != readers]] = SEVERAL
+        return self.data[places]
 
     def _check_store(
-        self, grains: Array, changed: Array, threads: Array, program: int, clock: Clock
+        self, places: Array, changed: Array, threads: Array, program: int, clock: Clock
     ) -> None:
-        if self.filling[grains].any():
+        if self.filling[places].any():
             raise Fault(f"{self.name}: written while an asynchronous copy fills it")
-        if self.multiplied[grains].any():
+        if self.multiplied[places].any():
             raise Fault(f"{self.name}: written while tensor cores read it")
         for before, verb in ((self.stores, "written"), (self.loads, "read")):
-            if np.any(before.is_elsewhere(grains, program) & changed):
+            if np.any(before.is_elsewhere(places, program) & changed):
                 raise Fault(f"{self.name}: {verb} by one program, written by another")
-            if np.any(before.may_meet(grains, threads, clock) & changed):
+            if np.any(before.may_meet(places, threads, clock) & changed):
                 raise Fault(
                     f"{self.name}: {verb} by one thread, written by another, no barrier between"
                 )
@@ -136,49 +130,49 @@ class Memory:
         self, addresses: Array, values: Array, threads: Array, program: int, clock: Clock
     ) -> None:
         """``values [threads, width]``, bytes."""
-        bytes_, grains = self._places(addresses, values.shape[1])
-        who = np.broadcast_to(threads[:, None], grains.shape)
-        changed = (self.data[bytes_] != values).reshape(*grains.shape, -1).any(2)
-        self._check_store(grains, changed, who, program, clock)
-        self.data[bytes_] = values
-        if not _alike(self.data[bytes_], values):
+        places = self._places(addresses, values.shape[1])
+        who = np.broadcast_to(threads[:, None], places.shape)
+        changed = self.data[places] != values
+        self._check_store(places, changed, who, program, clock)
+        self.data[places] = values
+        if not _alike(self.data[places], values):
             raise Fault(f"{self.name}: threads store different values in one place")
-        self.stores.note(grains, who, program, clock)
-        self.fences[grains] = clock.fences
+        self.stores.note(places, who, program, clock)
+        self.fences[places] = clock.fences
 
     def begin_copy(
         self, addresses: Array, width: int, threads: Array, program: int, clock: Clock
     ) -> None:
         """From here to :meth:`end_copy` an asynchronous copy may write at any time."""
-        _, grains = self._places(addresses, width)
-        changed = np.ones(grains.shape, bool)
-        self._check_store(grains, changed, threads[:, None], program, clock)
-        self.filling[grains] = True
+        places = self._places(addresses, width)
+        changed = np.ones(places.shape, bool)
+        self._check_store(places, changed, threads[:, None], program, clock)
+        self.filling[places] = True
 
     def end_copy(
         self, addresses: Array, values: Array, threads: Array, program: int, clock: Clock
     ) -> None:
-        bytes_, grains = self._places(addresses, values.shape[1])
-        self.filling[grains] = False
-        self.data[bytes_] = values
-        self.stores.note(grains, threads[:, None], program, clock)
+        places = self._places(addresses, values.shape[1])
+        self.filling[places] = False
+        self.data[places] = values
+        self.stores.note(places, threads[:, None], program, clock)
         # Triton before 3.7.1 puts no fence between a copy and tensor cores, as CUTLASS puts none.
-        self.fences[grains] = NOBODY
+        self.fences[places] = NOBODY
 
     def begin_product(self, addresses: Array, width: int, clock: Clock) -> tuple[Array, Array]:
-        """What tensor cores read, ``[values, width]`` bytes, and the grains that they hold until
+        """What tensor cores read, ``[values, width]`` bytes, and the places that they hold until
         :meth:`end_product`."""
-        bytes_, grains = self._places(addresses, width)
-        if self.filling[grains].any():
+        places = self._places(addresses, width)
+        if self.filling[places].any():
             raise Fault(f"{self.name}: read by tensor cores while an asynchronous copy fills it")
-        stored = self.stores.thread[grains] != NOBODY
-        if np.any(stored & (self.stores.barriers[grains] == clock.barriers)):
+        stored = self.stores.thread[places] != NOBODY
+        if np.any(stored & (self.stores.barriers[places] == clock.barriers)):
             raise Fault(f"{self.name}: read by tensor cores, no barrier after the store")
-        if np.any(self.fences[grains] == clock.fences):
+        if np.any(self.fences[places] == clock.fences):
             raise Fault(f"{self.name}: read by tensor cores, no fence after the store")
-        held = np.unique(grains)
+        held = np.unique(places)
         self.multiplied[held] += 1
-        return self.data[bytes_], held
+        return self.data[places], held
 
     def end_product(self, held: Array, program: int, clock: Clock) -> None:
         self.multiplied[held] -= 1
