@@ -6,6 +6,7 @@ no GPU is needed. It prints a row each and fails if one breaks the rules of :fun
 ``config`` names the dtype, D, the layout of tokens in memory and the tile; ``registers`` are those
 of a thread; ``hgmma`` counts the instructions of sm_90's tensor cores, and is null elsewhere
 (products in float32 have none, for they are not rounded to TF32 unless torch allows it);
+``disturbed`` those instructions that touch registers of a product under way (:mod:`.hazards`);
 ``load_128`` and ``load_narrow`` count global loads of 16 bytes and of fewer.
 """
 
@@ -42,6 +43,7 @@ KEYS = (
     "spill_bytes",
     "shared_bytes",
     "hgmma",
+    "disturbed",
     "load_128",
     "load_narrow",
     "products",
@@ -211,6 +213,7 @@ def compile_share(share: Share) -> list[Row]:
                 "spill_bytes": found["spilled"],
                 "shared_bytes": found["shared"],
                 "hgmma": found["hgmma"],
+                "disturbed": None if found["disturbed"] is None else len(found["disturbed"]),
                 "load_128": loads.get("128", 0),
                 "load_narrow": sum(count for width, count in loads.items() if width != "128"),
                 "products": found["products"],
@@ -241,10 +244,10 @@ def compile_rows(shares: Sequence[Share], *, processes: int) -> list[Row]:
 def broken_rules(rows: Iterable[Row]) -> list[str]:
     """What is wrong with a report, a line each; empty for a good one.
 
-    On sm_90 nothing spills, every product in half precision runs on HGMMA, and up to D = 128 two
-    programs of the fused forward fit on a multiprocessor. On every target shared memory is within a
-    program's limit, and where tokens and tile have whole words of 16 bytes along the axis that is
-    contiguous in memory, some load takes 16 bytes.
+    On sm_90 nothing spills, every product in half precision runs on HGMMA, nothing disturbs one,
+    and up to D = 128 two programs of the fused forward fit on a multiprocessor. On every target
+    shared memory is within a program's limit, and where tokens and tile have whole words of 16
+    bytes along the axis that is contiguous in memory, some load takes 16 bytes.
     """
     broken = []
     for row in rows:
@@ -260,6 +263,8 @@ def broken_rules(rows: Iterable[Row]) -> list[str]:
             half = _is_half(row["config"]) and row["kernel"] not in FLOAT32_PRODUCTS
             if row["products"] and half and row["hgmma"] == 0:
                 faults.append("a product in half precision without HGMMA")
+            if row["disturbed"] > 0:
+                faults.append(f"{row['disturbed']} instructions disturb a product under way")
             if _moves_most(row) and programs_side_by_side(row) < 2:
                 faults.append("only one program fits on a multiprocessor")
         broken += [f"{row['target']} {row['kernel']} {row['config']}: {fault}" for fault in faults]

@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from benchmarks.hazards import disturbed_products
 from sep_attn import functional
 from sep_attn.layout import num_channels, token_shape
 from sep_attn.triton_kernels import attention
@@ -146,8 +147,8 @@ def tool(name: str, *arguments: str) -> str:
 
 def resources(compiled: Any, target: GPUTarget) -> dict[str, Any]:
     """Registers, bytes spilled, bytes of shared memory, products, in which dtype and of how many
-    columns an instruction, and how wide global memory is accessed. None where a target has no such
-    figure."""
+    columns an instruction, how wide global memory is accessed, and what disturbs a product under
+    way. None where a target has no such figure."""
     found: dict[str, Any] = {"shared": compiled.metadata.shared}
     if target.backend == "cuda":
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -162,6 +163,7 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, Any]:
         access = re.findall(r"\b((?:LDG|LDGSTS|STG)\.E[.\w]*)", assembly)
         # The tensor cores' instruction of sm_90; the other targets have others.
         found["hgmma"] = assembly.count("HGMMA") if target.arch == 90 else None
+        found["disturbed"] = disturbed_products(assembly) if target.arch == 90 else None
         found["hgmma_columns"] = sorted({int(n) for n in re.findall(r"HGMMA\.64x(\d+)x", assembly)})
         bits = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
 
@@ -169,7 +171,7 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, Any]:
             return next((bits[part] for part in instruction.split(".") if part in bits), 32)
     else:
         assembly = compiled.asm["amdgcn"]
-        found["hgmma"], found["hgmma_columns"] = None, []
+        found["hgmma"], found["hgmma_columns"], found["disturbed"] = None, [], None
         found["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly).group(1))
         found["spilled"] = int(
             re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly).group(1)

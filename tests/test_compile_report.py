@@ -26,6 +26,7 @@ GOOD = {
     "spill_bytes": 0,
     "shared_bytes": 98_304,
     "hgmma": 12,
+    "disturbed": 0,
     "load_128": 32,
     "load_narrow": 9,
     "products": True,
@@ -51,6 +52,7 @@ def test_good_row_breaks_no_rule() -> None:
     [
         ({"spill_bytes": 8}, "8 bytes spilled"),
         ({"hgmma": 0}, "a product in half precision without HGMMA"),
+        ({"disturbed": 2}, "2 instructions disturb a product under way"),
         (
             {"shared_bytes": 300_000, "config": GOOD["config"].replace("D=128", "D=256")},
             "300000 bytes of shared memory",
