@@ -11,20 +11,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import re
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch._inductor.compile_fx
 import torch._inductor.graph
-import triton
+from inductor_kernels import WrittenKernel
 from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -43,7 +39,6 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
     statically_known_true,
 )
-from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 
@@ -264,35 +259,7 @@ def compile_written(program: str) -> Iterator[dict[str, Any]]:
     for name, source in KERNEL.findall(program):
         if "_in_scalars" not in name:
             continue
-        head, body = source.split("@triton.jit", 1)
-        meta: dict[str, Any] = {}
-        arguments = head[head.index("@triton_heuristics") :].partition("(")[2].rpartition(")")[0]
-
-        def keep(**given: Any) -> None:
-            meta.update(given)  # noqa: B023
-
-        namespace = {
-            "keep": keep,
-            "DeviceProperties": lambda **_: None,
-            "triton": triton,
-            "__file__": "",
-        }
-        exec(f"keep({arguments})", namespace)
-        options = dict(*meta["configs"])
-        description = meta["triton_meta"]
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / f"{name}.py"
-            file.write_text(f"import triton\nimport triton.language as tl\n\n@triton.jit{body}")
-            spec = importlib.util.spec_from_file_location(name, file)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[name] = module
-            spec.loader.exec_module(module)
-            kernel = getattr(module, re.search(r"def (\w+)\(", body).group(1))
-            given = (description[key] for key in ("signature", "constants"))
-            made = ASTSource(kernel, *given, description["configs"][0])
-            compiled = triton.compile(made, target=TARGETS[TARGET], options=options)
-        found = resources(compiled, TARGETS[TARGET])
+        found = resources(WrittenKernel(name, source).compiled, TARGETS[TARGET])
         kept = ("registers", "spilled", "hgmma", "half_products", "loads")
         yield {"kernel": name, **{key: found[key] for key in kept}}
 

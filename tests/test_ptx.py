@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from ptx.assembly import parse
-from ptx.instructions import convert
+from ptx.instructions import convert, multiply
 from ptx.machine import Machine
 from ptx.memory import Fault, GlobalMemory
 
@@ -195,6 +195,18 @@ def test_bfloat16_is_rounded_as_torch_rounds_it() -> None:
     values = torch.cat([torch.randn(1000), torch.tensor([0.0, -0.0, 1e38, 1e-40, float("inf")])])
     bits = convert(("cvt", "rn", "bf16", "f32"), values.numpy().view(np.uint32))
     assert np.array_equal(bits, values.bfloat16().view(torch.int16).numpy().view(np.uint16))
+
+
+def test_upper_halves_of_products() -> None:
+    a, b = (torch.randint(-(2**63), 2**63 - 1, (1000,)) for _ in range(2))
+    for kind, bits, words in (("s64", 64, (a, b)), ("s32", 32, (a.int(), b.int()))):
+        found = multiply(("mul", "hi", kind), kind, *(word.numpy() for word in words))
+        products = [x * y >> bits for x, y in zip(*(w.tolist() for w in words), strict=True)]
+        assert found.tolist() == products
+        unsigned = [word.numpy().view(f"u{bits // 8}") for word in words]
+        found = multiply(("mul", "hi", "u"), f"u{bits}", *unsigned)
+        products = [x * y >> bits for x, y in zip(*(w.tolist() for w in unsigned), strict=True)]
+        assert found.tolist() == products
 
 
 # One call of each form: tokens apart, side by side and in patches; a mask, a source, dropout.

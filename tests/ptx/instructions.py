@@ -194,16 +194,29 @@ def extreme(parts: tuple[str, ...]) -> Callable[[Any, Any], Any]:
     return np.fmin if parts[0] == "min" else np.fmax
 
 
+def _high_half(a: Any, b: Any) -> Any:
+    """The upper half of a product of integers."""
+    if a.dtype.itemsize == 4:
+        wide = np.int64 if a.dtype.kind == "i" else np.uint64
+        return (a.astype(wide) * b.astype(wide) >> wide(32)).astype(a.dtype)
+    low, half = np.uint64(2**32 - 1), np.uint64(32)
+    x, y = as_bits(a), as_bits(b)
+    cross = (x >> half) * (y & low) + ((x & low) * (y & low) >> half)
+    other = (x & low) * (y >> half) + (cross & low)
+    high = (x >> half) * (y >> half) + (cross >> half) + (other >> half)
+    if a.dtype.kind == "i":  # of two's complement
+        high = high - np.where(a < 0, y, np.uint64(0)) - np.where(b < 0, x, np.uint64(0))
+    return as_type(high, "s64" if a.dtype.kind == "i" else "u64")
+
+
 def multiply(parts: tuple[str, ...], kind: str, a: Any, b: Any) -> Any:
-    if kind in ("f32", "f64", "f16"):
+    if kind in ("f32", "f64", "f16", "bf16"):
         return a * b
     if "wide" in parts:
         wide = {"s16": np.int32, "u16": np.uint32, "s32": np.int64, "u32": np.uint64}[kind]
         return np.asarray(a).astype(wide) * np.asarray(b).astype(wide)
     if "hi" in parts:
-        assert kind in ("u32", "s32")
-        wide = np.int64 if kind == "s32" else np.uint64
-        return (np.asarray(a).astype(wide) * np.asarray(b).astype(wide) >> wide(32)).astype(a.dtype)
+        return _high_half(np.asarray(a), np.asarray(b))
     assert "lo" in parts
     return a * b
 

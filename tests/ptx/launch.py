@@ -20,7 +20,7 @@ from benchmarks.machine_code import TARGETS, bind, compile_launch, forget_plans
 from sep_attn import triton_kernels
 from sep_attn.triton_kernels import attention
 
-from .assembly import parse
+from .assembly import Assembly, parse
 from .machine import Machine
 from .memory import GlobalMemory
 
@@ -48,8 +48,33 @@ def _bits(value: Any, kind: str) -> Any:
         return np.uint64(value.data_ptr())
     if kind == "fp32":
         return np.uint32(struct.unpack("I", struct.pack("f", value))[0])
+    if kind == "fp64":
+        return np.uint64(struct.unpack("Q", struct.pack("d", value))[0])
     size, word = (64, np.uint64) if kind.endswith("64") else (32, np.uint32)
     return word(int(value) % 2**size)
+
+
+def run_programs(
+    assembly: Assembly,
+    given: Sequence[tuple[str, Any, str]],
+    grid: Sequence[int],
+    shared_bytes: int,
+    seed: int | None = None,
+) -> Ran:
+    """Runs a launch; ``given`` are names, values and Triton's types of a kernel's arguments."""
+    # After these come pointers to scratch memory, of which the kernels ask for none.
+    words = [*(_bits(value, kind) for _, value, kind in given), np.uint64(0), np.uint64(0)]
+    parameters = dict(zip(assembly.parameters, words, strict=True))
+    tensors = {name: value for name, value, _ in given if isinstance(value, Tensor)}
+    machine = Machine(assembly, parameters, GlobalMemory(tensors), shared_bytes)
+    sizes = (*grid, 1, 1)[:3]
+    programs = [program[::-1] for program in itertools.product(*map(range, sizes[::-1]))]
+    if seed is not None:
+        random.Random(seed).shuffle(programs)
+    with np.errstate(all="ignore"):
+        for index, program in enumerate(programs):
+            machine.run(program, sizes, index)
+    return Ran(assembly.name, sizes, machine.executed)
 
 
 @contextlib.contextmanager
@@ -81,21 +106,7 @@ def running(target_name: str = "sm_90", seed: int | None = None) -> Iterator[lis
             for name, whole in arguments.items()
             for value, kind in _flat(whole, launch.signature[name])
         ]
-        # After these come pointers to scratch memory, of which the kernels ask for none.
-        words = itertools.chain(
-            (_bits(value, kind) for _, value, kind in given), [np.uint64(0)] * 2
-        )
-        parameters = dict(zip(assembly.parameters, words, strict=True))
-        tensors = {name: value for name, value, _ in given if isinstance(value, Tensor)}
-        machine = Machine(assembly, parameters, GlobalMemory(tensors), shared_bytes)
-        sizes = (*grid, 1, 1)[:3]
-        programs = [program[::-1] for program in itertools.product(*map(range, sizes[::-1]))]
-        if seed is not None:
-            random.Random(seed).shuffle(programs)
-        with np.errstate(all="ignore"):
-            for index, program in enumerate(programs):
-                machine.run(program, sizes, index)
-        ran.append(Ran(assembly.name, sizes, machine.executed))
+        ran.append(run_programs(assembly, given, grid, shared_bytes, seed))
 
     forget_plans()
     with (

@@ -258,6 +258,9 @@ class Machine:
     def _fence(self, instruction: Instruction, active: Array | None) -> None:
         self.clock.fences += "proxy" in instruction.parts
 
+    def _createpolicy(self, instruction: Instruction, active: Array | None) -> None:
+        self.put(instruction.operands[0], np.uint64(0), active)  # of caches, which are not here
+
     def _addresses(self, operand: tuple[str, int], active: Array | None) -> tuple[Array, Array]:
         """Addresses of the active threads, and which those are."""
         base, offset = operand
@@ -271,7 +274,7 @@ class Machine:
         return self.shared if is_shared else self.memory.at(addresses)
 
     def _ld(self, instruction: Instruction, active: Array | None) -> None:
-        parts, (target, source) = instruction.parts, instruction.operands
+        parts, (target, source, *_) = instruction.parts, instruction.operands
         if parts[1] == "param":
             self.put(target, self.parameters[source[0]], active)
             return
@@ -287,7 +290,7 @@ class Machine:
             self.put(register, words[:, place], active)
 
     def _st(self, instruction: Instruction, active: Array | None) -> None:
-        parts, (target, source) = instruction.parts, instruction.operands
+        parts, (target, source, *_) = instruction.parts, instruction.operands
         sources = source if isinstance(source, list) else [source]
         word = TYPES[f"b{8 * np.dtype(TYPES[parts[-1]]).itemsize}"]
         addresses, threads = self._addresses(target, active)
