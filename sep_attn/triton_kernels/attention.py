@@ -70,9 +70,10 @@ SHARED_PROGRAMS = 132
 # SHORT_PROGRAMS tiles, each is shared out among programs by its columns.
 MOST_LONE_CHANNELS = 256
 # A tile of the softmax in the kernel for short slices: at most so many rows, and so many values in
-# all programs of a multiprocessor; and tiles under way at a time.
+# all programs of a multiprocessor, half of them where a tile has several bands; and tiles under way
+# at a time.
 POOL_ROWS = 64
-POOL_VALUES = 8192
+POOL_VALUES = 16384
 POOL_STAGES = 3
 # Long bands are split over about this many programs.
 SPLIT_PROGRAMS = 512
@@ -348,7 +349,7 @@ def _slice_launch(call: Call, operands: Operands) -> Launch:
     band_tiles = triton.cdiv(grid.tokens, rows)
     splits, part_tiles = split_tiles(band_tiles, torch.sym_max(1, SHARED_PROGRAMS // sides))
     chunks = chunk_widths(channels)
-    most_values = POOL_VALUES // max(1, config.programs)
+    most_values = POOL_VALUES // max(1, config.programs) // (1 if cut.bands == 1 else 2)
     fitting = 1 << (most_values // sum(chunks)).bit_length() - 1
     pool_rows = max(16, min(config.tokens, POOL_ROWS, fitting))
     arguments = {

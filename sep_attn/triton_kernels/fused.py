@@ -48,6 +48,13 @@ def sums_fit(chunks):
     return sum(chunks) <= WIDEST_PRODUCT
 
 
+@triton.constexpr_function
+def context_columns(channels, columns):
+    # How many columns a product with few rows takes at a time, for each of which its rows are read
+    # again: up to four times as many as one with many rows.
+    return next(columns * n for n in (4, 2, 1) if n == 1 or channels % (columns * n) == 0)
+
+
 @triton.jit
 def value_products(
     x_ptr,
@@ -441,7 +448,7 @@ def slice_fwd_kernel(
             D,
             SLICES,
             PRECISION,
-            BLOCK_E,
+            context_columns(D, BLOCK_E),
             BLOCK_K,
         )
     else:
