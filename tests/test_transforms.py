@@ -110,7 +110,7 @@ def test_dropout_differs_between_the_samples_of_a_vmap() -> None:
     layer = SeparableAttention(DIM, attn_drop=0.5)
     x = torch.randn(1, 40, DIM).expand(8, 40, DIM)
     out = vmap(lambda one: layer(one[None]), randomness="different")(x)
-    assert not torch.equal(out[0], out[1])
+    assert (out[0] - out[1]).abs().max() > 1e-3
     out = vmap(lambda one: layer(one[None]), randomness="same")(x)
     assert torch.equal(out[0], out[1])
 
