@@ -112,7 +112,8 @@ def test_dropout_differs_between_the_samples_of_a_vmap() -> None:
     out = vmap(lambda one: layer(one[None]), randomness="different")(x)
     assert (out[0] - out[1]).abs().max() > 1e-3
     out = vmap(lambda one: layer(one[None]), randomness="same")(x)
-    assert torch.equal(out[0], out[1])
+    # Not to the last bit: a product may round its rows by their place.
+    torch.testing.assert_close(out[0], out[1])
 
 
 def test_pool_and_gate() -> None:
