@@ -20,7 +20,7 @@ _PREDICATE = re.compile(r"!?U?P[T\d]")
 _NO_RESULT = (
     *("ST", "RED", "LDGSTS", "BAR", "BRA", "EXIT", "DEPBAR", "LDGDEPBAR", "WARP", "BSSY", "BSYNC"),
     *("NOP", "ERRBAR", "FENCE", "CCTL", "MEMBAR", "ISETP", "FSETP", "DSETP", "HSETP2", "PLOP3"),
-    *("R2P", "R2UR", "S2UR", "CALL", "RET", "BREAK", "YIELD", "BMOV", "VOTEU"),
+    *("FCHK", "R2P", "R2UR", "S2UR", "CALL", "RET", "BREAK", "YIELD", "BMOV", "VOTEU"),
 )
 
 
@@ -63,9 +63,10 @@ def _width(name: str) -> int:
         return _columns(name) // 2
     if parts[0] == "HMMA" or "128" in parts:
         return 4
-    if parts[0] == "LDSM":
+    if parts[0] in ("LDSM", "STSM"):
         return int(parts[-1]) if parts[-1].isdigit() else 1
     double = parts[0].startswith("D") or (parts[0] == "CS2R" and "32" not in parts)
+    double = double or (parts[0] in ("F2F", "I2F") and parts[1] == "F64")
     return 2 if double or "WIDE" in parts or "64" in parts else 1
 
 
@@ -100,7 +101,14 @@ def _faults(instruction: Instruction, groups: Groups) -> Iterator[str]:
     for factors, sums in groups:
         if written & factors:
             yield f"{instruction}: a product under way reads what it writes"
-        if not instruction.name.startswith("HGMMA") and touched & sums:
+        used = touched
+        if instruction.name.startswith("HGMMA"):
+            # Products that add to the same registers follow each other.
+            left = instruction.operands[1]
+            used = _span(left, 4) if left.startswith("R") else frozenset()
+            if written & sums and not written <= sums:
+                used |= written
+        if used & sums:
             yield f"{instruction}: a product under way adds to what it uses"
 
 
@@ -135,13 +143,15 @@ def disturbed_products(assembly: str) -> list[str]:
             found |= dict.fromkeys(_faults(instruction, groups))
             groups = _after(instruction, groups)
             place += 1
-            if instruction.name.startswith("BRA"):
+            if instruction.name.startswith("CALL") and any(map(any, groups)):
+                found[f"{instruction}: a call while a product is under way"] = None
+            elif instruction.name.startswith("BRA"):
                 target = re.search(r"\.L_\w+", " ".join(instruction.operands))
                 assert target is not None, instruction
-                if instruction.guarded:
+                if instruction.guarded or len(instruction.operands) > 1:  # with a condition
                     ways.append((labels[target[0]], groups))
                 else:
                     place = labels[target[0]]
-            elif instruction.name == "EXIT" and not instruction.guarded:
+            elif instruction.name.startswith(("EXIT", "RET")) and not instruction.guarded:
                 break
     return list(found)

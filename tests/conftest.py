@@ -20,7 +20,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU")
     config.addinivalue_line("markers", "compiled: too long for Triton's interpreter")
     torch.set_num_threads(2)
-    if not HAS_GPU and not config.getoption("ptx"):
+    if config.getoption("ptx"):
+        os.environ.pop("TRITON_INTERPRET", None)
+    elif not HAS_GPU:
         # Triton reads this when it is imported: its kernels then run on CPU tensors.
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -48,8 +50,9 @@ def compiled_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if HAS_GPU else "cpu")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    on_gpu = HAS_GPU and not request.config.getoption("ptx")
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 @pytest.fixture(autouse=True)

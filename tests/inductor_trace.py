@@ -20,7 +20,6 @@ from unittest import mock
 import torch
 import torch._inductor.compile_fx
 import torch._inductor.graph
-from inductor_kernels import WrittenKernel
 from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -42,7 +41,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 
-from benchmarks.machine_code import TARGET, TARGETS, QuietDriver, resources
+from benchmarks.machine_code import TARGET, QuietDriver
 from sep_attn import SeparableAttention, functional, triton_kernels
 from sep_attn.triton_kernels import attention
 
@@ -254,20 +253,9 @@ def operators_on(device: str, *, exporting: bool = False) -> list[str]:
 KERNEL = re.compile(r"^(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str=", re.S | re.M)
 
 
-def compile_written(program: str) -> Iterator[dict[str, Any]]:
-    """The package's kernels as Inductor wrote them down, compiled for the target."""
-    for name, source in KERNEL.findall(program):
-        if "_in_scalars" not in name:
-            continue
-        found = resources(WrittenKernel(name, source).compiled, TARGETS[TARGET])
-        kept = ("registers", "spilled", "hgmma", "half_products", "loads")
-        yield {"kernel": name, **{key: found[key] for key in kept}}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="all of them by default")
-    parser.add_argument("--compile", action="store_true", help="compile what Inductor wrote")
     parser.add_argument(
         "--devices", action="store_true", help="only what is traced on which device"
     )
@@ -284,8 +272,6 @@ def main() -> None:
                 graph["written"] = [kernel for kernel, _ in KERNEL.findall(program)]
                 graph["sources"] = sorted(set(re.findall(r"^def (\w+_kernel)\(", program, re.M)))
                 graph["launched"] = re.findall(r"^ +(\w+)\.run\(", program, re.M)
-                if arguments.compile:
-                    graph["compiled"] = list(compile_written(program))
                 row = {"case": name, "graph": direction, **graph}
                 print(json.dumps(row, default=str), flush=True)
 

@@ -117,6 +117,8 @@ $end:
         (COPY + REPLACE, "while an asynchronous copy fills it"),
         (COPY, "ends while copies"),
         (LOAD + "st.shared.b32 [ %r2 + 0 ], %x;\n", "store different values in one place"),
+        ("st.shared.b32 [ %r2 + 0 ], %tid;\n", "store different values in one place"),
+        ("@%first fence.proxy.async;\n", "not by all threads"),
         ("ld.shared.b32 %y, [ %here + 4096 ];\n", "outside"),
         ("ld.global.b32 %y, [ %mine + 2 ];\n", "no multiple"),
         ("ld.global.v2.b32 { %y, %z }, [ %mine + 0 ];\n", "no multiple"),

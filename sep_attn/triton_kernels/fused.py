@@ -429,7 +429,7 @@ def slice_fwd_kernel(
                     tile = within_bands(tile)
                 kept = load_kept(mask_ptr, mask_strides, tile, UNIFORM)
                 scores = load_values(weights_ptr, weights_strides, tile, UNIFORM, float("-inf"))
-                # A score is read by several threads, and by all of them before one replaces it.
+                # Several threads have read each score before one puts a weight in its place.
                 tl.debug_barrier()
                 weights = tl.where(kept, tl.exp(scores - shift) / row_divisor, 0.0)
                 store_values(weights_ptr, weights_strides, tile, weights, UNIFORM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import struct
 from typing import Any
@@ -51,6 +52,7 @@ def _operand(text: str) -> Any:
     return text
 
 
+@functools.lru_cache(maxsize=256)
 def parse(text: str) -> Assembly:
     """The one kernel of a PTX file.
 
@@ -66,8 +68,8 @@ def parse(text: str) -> Assembly:
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for statement in re.split(r"[;\n]", _in_lines(body)):
-        statement = statement.strip().strip("\t")
-        if not statement or statement[0] in ".{}":
+        statement = statement.strip().lstrip("{} \t")
+        if not statement or statement[0] == ".":
             continue
         if statement.endswith(":"):
             labels[statement[:-1]] = len(instructions)

@@ -154,7 +154,6 @@ SIMPLE: dict[str, Callable[..., Any]] = {
     "shf.r": _funnel(False),
     "lop3": _logic_table,
     "prmt": _permute,
-    "mov": lambda a: a,
 }
 # How many operands have the type in the name; the others have 32 bits.
 FIRST_TYPED = {"shl": 1, "shr": 1, "bfe": 1}
@@ -196,9 +195,10 @@ def extreme(parts: tuple[str, ...]) -> Callable[[Any, Any], Any]:
 
 def _high_half(a: Any, b: Any) -> Any:
     """The upper half of a product of integers."""
-    if a.dtype.itemsize == 4:
+    if a.dtype.itemsize < 8:
         wide = np.int64 if a.dtype.kind == "i" else np.uint64
-        return (a.astype(wide) * b.astype(wide) >> wide(32)).astype(a.dtype)
+        bits = 8 * a.dtype.itemsize
+        return (a.astype(wide) * b.astype(wide) >> wide(bits)).astype(a.dtype)
     low, half = np.uint64(2**32 - 1), np.uint64(32)
     x, y = as_bits(a), as_bits(b)
     cross = (x >> half) * (y & low) + ((x & low) * (y & low) >> half)
@@ -260,6 +260,8 @@ def convert(parts: tuple[str, ...], *operands: Any) -> Any:
     if target == "bf16":
         return to_bfloat16(value)
     if target == "tf32":  # to nearest, ties away from 0
-        return as_bits(value) + np.uint32(0x1000) & np.uint32(0xFFFFE000)
+        bits = as_bits(value)
+        rounded = bits + np.uint32(0x1000) & np.uint32(0xFFFFE000)
+        return np.where(np.isnan(value), bits & np.uint32(0xFFFFE000), rounded)
     rounding = next((ROUND[part] for part in parts if part in ROUND), None)
     return as_bits((rounding(value) if rounding else value).astype(TYPES[target]))

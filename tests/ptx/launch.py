@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import random
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction
 
-from benchmarks.machine_code import TARGETS, bind, compile_launch, forget_plans
+from benchmarks.machine_code import TARGET, TARGETS, bind, compile_launch, forget_plans
 from sep_attn import triton_kernels
 from sep_attn.triton_kernels import attention
 
@@ -45,6 +45,8 @@ def _flat(value: Any, kind: Any) -> Iterator[tuple[Any, str]]:
 
 def _bits(value: Any, kind: str) -> Any:
     if isinstance(value, Tensor):
+        if value.device.type != "cpu":
+            raise ValueError(f"the machine runs on tensors of the CPU, not of {value.device}")
         return np.uint64(value.data_ptr())
     if kind == "fp32":
         return np.uint32(struct.unpack("I", struct.pack("f", value))[0])
@@ -59,7 +61,6 @@ def run_programs(
     given: Sequence[tuple[str, Any, str]],
     grid: Sequence[int],
     shared_bytes: int,
-    seed: int | None = None,
 ) -> Ran:
     """Runs a launch; ``given`` are names, values and Triton's types of a kernel's arguments."""
     # After these come pointers to scratch memory, of which the kernels ask for none.
@@ -69,8 +70,6 @@ def run_programs(
     machine = Machine(assembly, parameters, GlobalMemory(tensors), shared_bytes)
     sizes = (*grid, 1, 1)[:3]
     programs = [program[::-1] for program in itertools.product(*map(range, sizes[::-1]))]
-    if seed is not None:
-        random.Random(seed).shuffle(programs)
     with np.errstate(all="ignore"):
         for index, program in enumerate(programs):
             machine.run(program, sizes, index)
@@ -78,18 +77,17 @@ def run_programs(
 
 
 @contextlib.contextmanager
-def running(target_name: str = "sm_90", seed: int | None = None) -> Iterator[list[Ran]]:
+def running() -> Iterator[list[Ran]]:
     """Runs what is launched inside it on tensors in the CPU's memory, and lists it. The Triton
     backend then serves such tensors. Needs ``TRITON_INTERPRET`` unset.
 
-    Args:
-        target_name: the architecture whose configurations and code are taken.
-        seed: of the order in which the programs of a launch run; None from the first to the last.
-
     Raises:
         Fault: see :mod:`ptx`.
+        RuntimeError: Triton's interpreter is to run the kernels.
     """
-    target = TARGETS[target_name]
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET is set: Triton would compile nothing; unset it")
+    target = TARGETS[TARGET]
     backend = make_backend(target)
     compiled: dict[Any, Any] = {}
     ran: list[Ran] = []
@@ -106,13 +104,15 @@ def running(target_name: str = "sm_90", seed: int | None = None) -> Iterator[lis
             for name, whole in arguments.items()
             for value, kind in _flat(whole, launch.signature[name])
         ]
-        ran.append(run_programs(assembly, given, grid, shared_bytes, seed))
+        ran.append(run_programs(assembly, given, grid, shared_bytes))
 
     forget_plans()
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(attention, "architecture", lambda _: target_name),
+        mock.patch.object(attention, "architecture", lambda _: TARGET),
         mock.patch.object(triton_kernels, "unavailable_reason", lambda _: None),
     ):
-        yield ran
-    forget_plans()
+        try:
+            yield ran
+        finally:
+            forget_plans()

@@ -32,6 +32,16 @@ WARPGROUP = 4 * WARP
 TOGETHER = ("bar", "barrier", "shfl", "mma", "wgmma", "ldmatrix", "stmatrix")
 
 
+# Results that are not as plain arithmetic has them, which is all there is here.
+MODIFIERS = ("sat", "satfinite", "relu", "clamp", "s8", "cc")
+
+
+def _is_for_all(instruction: Instruction) -> bool:
+    """Whether an instruction makes sense only for all threads of a program."""
+    groups = "commit_group" in instruction.parts or "wait_group" in instruction.parts
+    return groups or instruction.name in (*TOGETHER, "fence")
+
+
 class Machine:
     """Runs the programs of a launch one after another.
 
@@ -56,6 +66,9 @@ class Machine:
         self.threads = np.arange(assembly.threads)
         self.clock = Clock()
         self.executed = 0  # instructions
+        for instruction in assembly.instructions:
+            if any(part in MODIFIERS for part in instruction.parts):
+                raise NotImplementedError(instruction.text)
         self._steps = [
             (instruction, getattr(self, f"_{instruction.name}", self._arithmetic))
             for instruction in assembly.instructions
@@ -90,6 +103,8 @@ class Machine:
                 continue
             self.waiting[:] = False
             active = self._active(instruction, running)
+            if active is not None and _is_for_all(instruction):
+                raise Fault(f"{self.assembly.name}: not by all threads: {instruction.text}")
             self.executed += 1
             self.at[running] = here + 1
             if instruction.name in ("bra", "ret"):
@@ -111,7 +126,7 @@ class Machine:
         together = bool(running.all())
         if instruction.guard is None:
             return None if together else running
-        guard = self.registers[instruction.guard]
+        guard = self.get(instruction.guard, "pred")
         guard = np.broadcast_to(~guard if instruction.negated else guard, running.shape)
         return None if together and guard.all() else running & guard
 
@@ -145,7 +160,10 @@ class Machine:
         if bits.shape == (1,):
             bits = bits[0]
         if active is not None:
-            bits = np.where(active, bits, self.registers.get(register, np.zeros((), bits.dtype)))
+            before = self.registers.get(register)
+            if before is None:
+                before = np.False_ if bits.dtype == np.bool_ else ~np.zeros((), bits.dtype)
+            bits = np.where(active, bits, before)
         self.registers[register] = bits
 
     def each(self, values: Any) -> Array:
@@ -236,21 +254,20 @@ class Machine:
             "bfly": lane ^ amount,
             "idx": amount % WARP,
             "down": lane + amount,
-            "up": lane - amount,
         }[instruction.parts[2]]
-        source = np.where((source < 0) | (source >= WARP), lane, source)
+        source = np.where(source >= WARP, lane, source)
         values = self.each(self.get(value, "b32"))
         self.put(target, values[self.threads - lane + source], None)
 
     # Memory ---------------------------------------------------------------------------------------
 
     def _bar(self, instruction: Instruction, active: Array | None) -> None:
-        if active is not None:
-            raise Fault("a barrier that not all threads reach")
-        if instruction.parts[1] == "warp":
+        if instruction.parts[1:] == ("warp", "sync"):
             self.clock.warp_barriers += 1
-        else:
+        elif instruction.parts[-1] == "sync" and instruction.operands == ("0",):
             self.clock.barriers += 1
+        else:
+            raise NotImplementedError(instruction.text)
 
     def _barrier(self, instruction: Instruction, active: Array | None) -> None:
         self._bar(instruction, active)

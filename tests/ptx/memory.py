@@ -14,8 +14,10 @@ Array = NDArray[Any]
 
 NOBODY, SEVERAL = -1, -2
 WARP = 32
-# How far apart threads may be that store "the same" sum: :func:`_alike`.
+# How far apart threads may be that store "the same" sum (:func:`_alike`), and what is too small to
+# be left of a sum: an integer, as a float.
 LAST_BITS = 1e-5
+TINY = 2.0**-100
 
 
 class Fault(AssertionError):
@@ -192,8 +194,9 @@ def _alike(stored: Array, values: Array) -> bool:
         return False
     a, b = (np.ascontiguousarray(side).view(np.float32) for side in (stored, values))
     scale = np.abs(b[np.isfinite(b)]).max(initial=1.0)
-    same = (a == b) | (np.isnan(a) & np.isnan(b)) | (np.abs(a - b) <= LAST_BITS * scale)
-    return bool(same.all())
+    sums = [(side == 0) | (np.abs(side) > TINY) for side in (a, b)]
+    near = (np.abs(a - b) <= LAST_BITS * scale) & sums[0] & sums[1]
+    return bool(((a == b) | (np.isnan(a) & np.isnan(b)) | near).all())
 
 
 class GlobalMemory:

@@ -4,12 +4,11 @@ bytes of shared memory. After the PTX ISA 8.7, sections 9.7.14.5 (``mma``) and 9
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from .memory import Array
 
 # Bytes of a row of the swizzle, by the descriptor's last two bits; 16 where there is none.
 SWIZZLE = {0: 16, 1: 128, 2: 64, 3: 32}
