@@ -153,6 +153,41 @@ def test_a_bad_gradient_spreads_as_in_the_reference(
         assert_same_places(*gradients)
 
 
+# Slices side by side in a tile, slices of a patch, a slice of several tiles.
+HALF_CASES = [
+    Case((3, 20, 8), need_weights=True),
+    Case((2, 8, 4, 6), patch_size=(2, 2), dropout_p=0.3),
+    Case((3, 20, 8), mask="random", prev_shape=(3, 11, 8), need_weights=True),
+    Case((2, 150, 8), need_weights=True),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", HALF_CASES, ids=str)
+def test_bad_numbers_stay_in_their_slice_where_slices_share_a_product(
+    case: Case, dtype: torch.dtype, device: torch.device
+) -> None:
+    """As in the reference in float32: what overflows in its half precision would be its own."""
+    backend_or_skip("triton", device, dtype)
+    source = "x" if case.prev_shape is None else "x_prev"
+    places = [(source, (1, 5) if len(case.shape) == 3 else (1, 3, 2, 5)), ("qkv_weight", (0, 2))]
+    for i, (name, index) in enumerate(places):
+        for bad in bad_numbers("triton", HALF_CASES.index(case) + i):
+            inputs = inputs_of(case, dtype, device)
+            inputs[name][index] = bad
+            exact = {key: value.float() for key, value in inputs.items()}
+            results = run(separable_attention, case, inputs, backend="triton")
+            with drawn_as("triton", *(case.patch_size or default_patch_size(inputs["x"]))):
+                expected = run(separable_attention, case, exact, backend="reference")
+            for key in {"out", "weights"} & set(expected):
+                value = expected[key]
+                finite = value.isfinite()
+                assert torch.equal(results[key].isfinite(), finite), (key, name, bad)
+                torch.testing.assert_close(
+                    results[key][finite].float(), value[finite], atol=0.02, rtol=0.02
+                )
+
+
 # Tokens as rows, on lanes by tokens, on lanes by rows and with a tail; every number of channels is
 # ragged, and odd ones leave a pair of channels half empty where products are of pairs.
 BFLOAT16_CASES = [

@@ -66,15 +66,17 @@ SHORT_TOKENS = 1024
 SHORT_PROGRAMS = 64
 SHARED_VALUES = 2**16
 SHARED_PROGRAMS = 132
+# With more channels a tile of whole tokens leaves few registers for addresses.
+MOST_ROOMY_CHANNELS = 384
 # A tile of whole tokens with more channels than this takes long: where there are fewer than
 # SHORT_PROGRAMS tiles, each is shared out among programs by its columns.
 MOST_LONE_CHANNELS = 256
-# A tile of the softmax in the kernel for short slices: at most so many rows, and so many values in
-# all programs of a multiprocessor, half of them where a tile has several bands; and tiles under way
-# at a time.
-POOL_ROWS = 64
-POOL_VALUES = 16384
-POOL_STAGES = 3
+# A tile of the softmax in the kernel for short slices, and one of W_K: at most so many rows, or
+# columns, and so many values in all programs of a multiprocessor; and tiles under way at a time.
+POOL_ROWS = 128
+KEY_COLUMNS = 128
+POOL_VALUES = 32768
+POOL_STAGES = 2
 # Long bands are split over about this many programs.
 SPLIT_PROGRAMS = 512
 COMBINE_ROWS = 128
@@ -238,8 +240,10 @@ def _product(
 
 
 def _depth(call: Call, channels: int) -> int:
-    """Channels that a product takes at a time: 128 bytes of a row."""
-    return min(128 // call.itemsize, _padded(channels))
+    """Channels that a product takes at a time: 128 bytes of a row, or half of that where registers
+    are few."""
+    row = 128 if channels <= MOST_ROOMY_CHANNELS else 64
+    return min(row // call.itemsize, _padded(channels))
 
 
 class ForwardPlan(NamedTuple):
@@ -349,9 +353,8 @@ def _slice_launch(call: Call, operands: Operands) -> Launch:
     band_tiles = triton.cdiv(grid.tokens, rows)
     splits, part_tiles = split_tiles(band_tiles, torch.sym_max(1, SHARED_PROGRAMS // sides))
     chunks = chunk_widths(channels)
-    most_values = POOL_VALUES // max(1, config.programs) // (1 if cut.bands == 1 else 2)
-    fitting = 1 << (most_values // sum(chunks)).bit_length() - 1
-    pool_rows = max(16, min(config.tokens, POOL_ROWS, fitting))
+    most_values = POOL_VALUES // max(1, config.programs)
+    fitting = max(16, 1 << (most_values // sum(chunks)).bit_length() - 1)
     arguments = {
         **_of_call(operands, grid),
         **operands.of_tensors("x", "source", "mask", "weights", "out"),
@@ -362,14 +365,13 @@ def _slice_launch(call: Call, operands: Operands) -> Launch:
         "source_tokens": source.tokens,
         "source_width": source.width,
         "band_tiles": band_tiles,
-        "pool_tiles": triton.cdiv(source.tokens, min(rows, pool_rows)),
         "split_tiles": part_tiles,
         "slices": operands.slices,
         "CHUNKS": chunks,
         "BANDS": cut.bands,
         "BLOCK_N": config.tokens,
-        "BLOCK_P": pool_rows,
-        "BLOCK_C": min(config.columns, fitting),
+        "BLOCK_P": min(config.tokens, POOL_ROWS, fitting),
+        "BLOCK_C": min(KEY_COLUMNS, _padded(channels), fitting),
         "POOL_STAGES": POOL_STAGES,
     }
     return Launch(fused.slice_fwd_kernel, sides, arguments, splits)

@@ -29,8 +29,9 @@ MOST_FUSED_BACKWARD_CHANNELS = {2: 256, 4: 0}
 WHOLE_TOKEN_KERNELS = ("slice_fwd_kernel", "value_gate_output_fwd_kernel")
 # Columns of the widest product that is one instruction of a tensor core.
 WIDEST_PRODUCT = 256
-# Slices of a tile from which on their contexts are one product.
-MANY_SLICES = 4
+# A tile whose slices' contexts have more values makes its values in narrower pieces: both take
+# registers.
+MOST_CONTEXT_VALUES = 768
 # 32-bit registers of a multiprocessor, and threads of a warp, on NVIDIA's GPUs.
 REGISTERS, WARP = 65_536, 32
 
@@ -103,7 +104,7 @@ _FUSED_SM_90: Rows = {
     128: (128, 64, 8, 3, 2),
     256: (128, 64, 8, 3),
     384: (128, 32, 8, 3),
-    512: (128, 32, 8, 2),
+    512: (128, 64, 8, 3),
 }
 SM_90: Mapping[str, Rows] = {
     "slice_fwd_kernel": _FUSED_SM_90,
@@ -130,8 +131,9 @@ SM_90: Mapping[str, Rows] = {
     "weight_grad_kernel": {None: (64, 128, 8, 3)},
     "source_bwd_kernel": {
         64: (64, 0, 4, 3),
+        192: (64, 0, 8, 3),
         256: (16, 0, 4, 3),
-        512: (8, 0, 8, 3),
+        512: (16, 0, 8, 3),
         1024: (8, 0, 8, 2),
         None: (4, 0, 8, 2),
     },
@@ -211,7 +213,7 @@ def chunk_widths(channels: int) -> tuple[int, ...]:
 def value_widths(channels: int, slices: int) -> tuple[int, ...]:
     """The pieces in which the values of a tile are made: at most as wide as one instruction of
     sm_90's tensor cores, and half of that where the contexts of many slices take registers too."""
-    narrow = slices >= MANY_SLICES and channels > WIDEST_PRODUCT
+    narrow = channels > WIDEST_PRODUCT and slices * channels > MOST_CONTEXT_VALUES
     widest = WIDEST_PRODUCT // 2 if narrow else WIDEST_PRODUCT
     return tuple(
         part

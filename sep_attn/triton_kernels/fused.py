@@ -16,43 +16,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sep_attn.triton_kernels.configs import MANY_SLICES, WIDEST_PRODUCT
+from sep_attn.triton_kernels.configs import WIDEST_PRODUCT
+from sep_attn.triton_kernels.contexts import slice_context, slice_context_products
 from sep_attn.triton_kernels.gating import activate
 from sep_attn.triton_kernels.launch import VARYING, in_words, word_of
 from sep_attn.triton_kernels.products import gate_bwd_tile
-from sep_attn.triton_kernels.scoring import LOWEST, pool_tile, start_pool
 from sep_attn.triton_kernels.tiles import (
     chunk_channels,
     chunk_even,
     chunk_width,
     load_bias,
     load_columns,
-    load_kept,
     load_slice_columns,
     load_tokens,
-    load_values,
     load_weight,
     program_columns,
     row_offsets,
     row_slices,
-    spread_slices,
     store_columns,
-    store_values,
     tile_rows,
-    within_bands,
 )
 
 
 @triton.constexpr_function
 def sums_fit(chunks):
     return sum(chunks) <= WIDEST_PRODUCT
-
-
-@triton.constexpr_function
-def context_columns(channels, columns):
-    # How many columns a product with few rows takes at a time, for each of which its rows are read
-    # again: up to four times as many as one with many rows.
-    return next(columns * n for n in (4, 2, 1) if n == 1 or channels % (columns * n) == 0)
 
 
 @triton.jit
@@ -62,6 +50,7 @@ def value_products(
     tile,
     rows,  # [BLOCK_N], of row_offsets
     weight_ptr,  # [D, D]
+    bias_ptr,
     no_channels,
     end,
     D: tl.constexpr,
@@ -73,11 +62,14 @@ def value_products(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # x W_V^T for some of the chunks, in one pass over x: a tuple of [BLOCK_N, width of the chunk].
+    # b + x W_V^T for some of the chunks, in one pass over x: a tuple of [BLOCK_N, width of the
+    # chunk].
     EVEN_K: tl.constexpr = D % BLOCK_K == 0
     sums = ()
     for i in tl.static_range(COUNT):
-        sums = sums + (tl.zeros((BLOCK_N, chunk_width(CHUNKS, FIRST_CHUNK + i)), tl.float32),)
+        bias = load_bias(bias_ptr, chunk_channels(CHUNKS, FIRST_CHUNK + i) + no_channels, D)
+        bias = tl.broadcast_to(bias[None, :], (BLOCK_N, chunk_width(CHUNKS, FIRST_CHUNK + i)))
+        sums = sums + (bias,)
     for first in tl.range(0, end, BLOCK_K):
         k = first + no_channels + tl.arange(0, BLOCK_K)  # [BLOCK_K]
         x = load_columns(x_ptr, x_strides, tile, rows, k, D, EVEN_K, X_LAYOUT)
@@ -123,7 +115,8 @@ def value_gate_output_tile(
     # act(x W_V^T + b_V) * c, times W_O^T, plus b_O, for a tile of whole tokens.
     EVEN_E: tl.constexpr = D % BLOCK_E == 0
     # Chunks whose sums fit into registers together are made in one pass over x.
-    AT_ONCE: tl.constexpr = len(VALUE_CHUNKS) if sums_fit(VALUE_CHUNKS) else 1
+    FITS: tl.constexpr = sums_fit(VALUE_CHUNKS)
+    AT_ONCE: tl.constexpr = len(VALUE_CHUNKS) if FITS else 1
     # ``zero`` and the second program index are always 0, which the compiler does not know. It then
     # works out anew what zero was added to, where it would keep more than there are registers; does
     # not unroll the loops, which takes registers too; and makes the gated values at once, for a
@@ -148,6 +141,7 @@ def value_gate_output_tile(
             tile,
             rows,
             qkv_weight_ptr + (1 + D) * D,
+            value_bias_ptr if FITS else None,
             no_channels,
             end,
             D,
@@ -161,7 +155,10 @@ def value_gate_output_tile(
         )
         for i in tl.static_range(first_chunk, first_chunk + AT_ONCE):
             d = chunk_channels(VALUE_CHUNKS, i) + no_channels
-            v = activate(sums[i - first_chunk] + load_bias(value_bias_ptr, d, D)[None, :], ACT)
+            v = sums[i - first_chunk]
+            if not FITS:
+                v += load_bias(value_bias_ptr, d, D)[None, :]
+            v = activate(v, ACT)
             context = load_slice_columns(
                 statistics_ptr + D,
                 2 * D + 1,
@@ -182,13 +179,16 @@ def value_gate_output_tile(
     for first_e in tl.range(0, end, BLOCK_E):
         e = first_e + no_channels + tl.arange(0, BLOCK_E)  # [BLOCK_E]
         out = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+        if FITS:
+            out += load_bias(out_bias_ptr, e, D)[None, :]
         for i in tl.static_range(len(VALUE_CHUNKS)):
             d = chunk_channels(VALUE_CHUNKS, i) + no_channels
             out_weight = load_weight(
                 out_weight_ptr, e, d, D, EVEN_E, chunk_even(VALUE_CHUNKS, i, D)
             )  # [BLOCK_E, width]
             out = tl.dot(gated[i], out_weight.T, out, input_precision=PRECISION)
-        out += load_bias(out_bias_ptr, e, D)[None, :]
+        if not FITS:
+            out += load_bias(out_bias_ptr, e, D)[None, :]
         store_columns(out_ptr, out_strides, tile, rows, out, e, D, EVEN_E, OUT_LAYOUT)
 
 
@@ -255,59 +255,6 @@ def value_gate_output_fwd_kernel(
     )
 
 
-MANY = tl.constexpr(MANY_SLICES)
-
-
-@triton.jit
-def context_products(
-    first_slice,
-    qkv_weight_ptr,  # [1 + 2 D, D]
-    qkv_bias_ptr,
-    statistics_ptr,  # [S, 2 D + 1]: pooled | context | sum of the dropped weights
-    slices,
-    kept_share,  # the share of weights that dropout keeps
-    D: tl.constexpr,
-    SLICES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    # W_K xbar + sigma b_K for a program's slices. In half precision xbar is the sum of two values,
-    # a hundred times nearer to it than one. With dropout it can be larger than any x:
-    # ``kept_share`` undoes that.
-    EVEN_K: tl.constexpr = D % BLOCK_K == 0
-    EVEN_E: tl.constexpr = D % BLOCK_E == 0
-    ROWS: tl.constexpr = SLICES if SLICES > 16 else 16
-    slot = tl.arange(0, ROWS)
-    inside = (slot < SLICES) & (first_slice + slot < slices)  # [ROWS]
-    row_ptrs = statistics_ptr + (first_slice + slot).to(tl.int64) * (2 * D + 1)  # [ROWS]
-    weight_sums = tl.load(row_ptrs + 2 * D, mask=inside, other=0.0)  # [ROWS]
-    for first_e in range(0, D, BLOCK_E):
-        e = first_e + tl.arange(0, BLOCK_E)  # [BLOCK_E]
-        context = tl.zeros((ROWS, BLOCK_E), tl.float32)
-        for first in tl.range(0, D, BLOCK_K):
-            k = first + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-            key_weight = load_weight(qkv_weight_ptr + D, e, k, D, EVEN_E, EVEN_K).T
-            pooled = tl.load(
-                row_ptrs[:, None] + k[None, :],
-                mask=inside[:, None] & (k < D)[None, :],
-                other=0.0,
-            )  # [ROWS, BLOCK_K]
-            pooled *= kept_share
-            high = pooled.to(key_weight.dtype)
-            context = tl.dot(high, key_weight, context, input_precision=PRECISION)
-            if key_weight.dtype != tl.float32:
-                rest = pooled - high.to(tl.float32)
-                low = tl.where(rest == rest, rest, 0.0).to(key_weight.dtype)  # 0 beside infinity
-                context = tl.dot(low, key_weight, context, input_precision=PRECISION)
-        context /= kept_share
-        if qkv_bias_ptr is not None:
-            context += weight_sums[:, None] * load_bias(qkv_bias_ptr + 1, e, D)[None, :]
-        tl.store(
-            row_ptrs[:, None] + D + e[None, :], context, mask=inside[:, None] & (e < D)[None, :]
-        )
-
-
 @triton.jit(do_not_specialize=VARYING)
 def slice_fwd_kernel(
     x_ptr,
@@ -335,7 +282,6 @@ def slice_fwd_kernel(
     patch_h,
     patch_w,
     band_tiles,
-    pool_tiles,
     split_tiles,
     slices,
     D: tl.constexpr,
@@ -361,119 +307,69 @@ def slice_fwd_kernel(
     source_tokens, source_width, _ = in_words(
         source_tokens, source_width, D, source_ptr, GROUPS, SOURCE_LAYOUT
     )
-    source_grid = (bands, source_tokens, source_width, patch_h, patch_w, pool_tiles)
+    source_grid = (bands, source_tokens, source_width, patch_h, patch_w)
     # Programs that share a slice each make its context, and gate a part of its tokens. What several
     # of them store is the same, bit for bit; the weights, which stand where the scores stood, only
     # the first stores.
     pid = tl.program_id(0)
     i_split = tl.program_id(2) if BANDS == 1 else 0
     first_slice = pid * SLICES
-
-    # The softmax runs over tiles of BLOCK_P rows, of one band or of several whole ones.
-    ROWS: tl.constexpr = BLOCK_N // BANDS
-    POOL_BANDS: tl.constexpr = BLOCK_P // ROWS if BLOCK_P > ROWS else 1
-    POOL_SLICES: tl.constexpr = POOL_BANDS * GROUPS
-    # The last program may have fewer bands, which a tile of a single one does not ask.
-    LONE_BANDS: tl.constexpr = BANDS > 1 and POOL_BANDS == 1
-    for part in range(0, BANDS // POOL_BANDS):
-        i_part = pid * (BANDS // POOL_BANDS) + part
-        i_slice = (i_part * POOL_SLICES + tl.arange(0, POOL_SLICES)).to(tl.int64)
-        slice_inside = i_slice < slices
-        pool = start_pool(CHUNKS, POOL_SLICES)
-        for i_tile in tl.range(0, pool_tiles, num_stages=POOL_STAGES):
-            tile = tile_rows(i_part * pool_tiles + i_tile, source_grid, POOL_BANDS, BLOCK_P)
-            if LONE_BANDS:
-                tile = within_bands(tile)
-            pool = pool_tile(
-                pool,
-                tile,
-                source_ptr,
-                source_strides,
-                qkv_weight_ptr,
-                qkv_bias_ptr,
-                mask_ptr,
-                mask_strides,
-                seed_ptr,
-                dropout_p,
-                weights_ptr,
-                weights_strides,
-                i_split == 0,
-                D,
-                CHUNKS,
-                SOURCE_LAYOUT,
-                UNIFORM,
-                POOL_BANDS,
-                GROUPS,
-            )
-        maximum, total, dropped_total, pooled = pool
-        if seed_ptr is None:
-            dropped_total = total
-        divisor = tl.where(maximum == float("-inf"), 1.0, total)  # [POOL_SLICES]
-        statistics = i_slice * (2 * D + 1)
-        tl.store(statistics_ptr + statistics + 2 * D, dropped_total / divisor, mask=slice_inside)
-        for i in tl.static_range(len(CHUNKS)):
-            d = chunk_channels(CHUNKS, i)
-            tl.store(
-                statistics_ptr + statistics[:, None] + d[None, :],
-                pooled[i] / divisor[:, None],
-                mask=slice_inside[:, None] & (d < D)[None, :],
-            )
-        # What other threads of the program have stored is read from here on.
-        tl.debug_barrier()
-        if weights_ptr is not None and i_split == 0:
-            shift = spread_slices(tl.maximum(maximum, LOWEST), POOL_BANDS, GROUPS, BLOCK_P)
-            row_divisor = spread_slices(divisor, POOL_BANDS, GROUPS, BLOCK_P)
-            for i_tile in range(0, pool_tiles):
-                tile = tile_rows(i_part * pool_tiles + i_tile, source_grid, POOL_BANDS, BLOCK_P)
-                if LONE_BANDS:
-                    tile = within_bands(tile)
-                kept = load_kept(mask_ptr, mask_strides, tile, UNIFORM)
-                scores = load_values(weights_ptr, weights_strides, tile, UNIFORM, float("-inf"))
-                # Several threads have read each score before one puts a weight in its place.
-                tl.debug_barrier()
-                weights = tl.where(kept, tl.exp(scores - shift) / row_divisor, 0.0)
-                store_values(weights_ptr, weights_strides, tile, weights, UNIFORM)
-
-    if SLICES >= MANY:
-        kept_share = 1.0
-        if seed_ptr is not None:
-            kept_share = tl.maximum(1.0 - dropout_p, 1e-6)
-        context_products(
-            first_slice,
+    slices_of_program = (first_slice, slices, i_split == 0)
+    PRODUCTS: tl.constexpr = source_ptr.dtype.element_ty != tl.float32
+    finite = False
+    if PRODUCTS:
+        finite = slice_context_products(
+            slices_of_program,
+            source_ptr,
+            source_strides,
+            source_grid,
             qkv_weight_ptr,
             qkv_bias_ptr,
+            mask_ptr,
+            mask_strides,
+            seed_ptr,
+            dropout_p,
+            weights_ptr,
+            weights_strides,
             statistics_ptr,
-            slices,
-            kept_share,
             D,
-            SLICES,
-            PRECISION,
-            context_columns(D, BLOCK_E),
-            BLOCK_K,
+            CHUNKS,
+            SOURCE_LAYOUT,
+            UNIFORM,
+            BANDS,
+            GROUPS,
+            BLOCK_N,
+            BLOCK_P,
+            BLOCK_C,
+            POOL_STAGES,
         )
-    else:
-        for first_e in tl.range(0, D, BLOCK_C, num_stages=POOL_STAGES):
-            e = first_e + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-            key_weights = ()
-            for i in tl.static_range(len(CHUNKS)):
-                d = chunk_channels(CHUNKS, i)
-                key_weight = load_weight(
-                    qkv_weight_ptr + D, e, d, D, D % BLOCK_C == 0, chunk_even(CHUNKS, i, D)
-                )  # [BLOCK_C, width]
-                key_weights = key_weights + (key_weight,)
-            key_bias = tl.zeros((BLOCK_C,), tl.float32)
-            if qkv_bias_ptr is not None:
-                key_bias = load_bias(qkv_bias_ptr + 1, e, D)
-            for slot in tl.static_range(SLICES):
-                inside_slice = first_slice + slot < slices
-                slot_ptr = statistics_ptr + (first_slice + slot).to(tl.int64) * (2 * D + 1)
-                weight_sum = tl.load(slot_ptr + 2 * D, mask=inside_slice, other=0.0)
-                context = weight_sum * key_bias  # [BLOCK_C]
-                for i in tl.static_range(len(CHUNKS)):
-                    d = chunk_channels(CHUNKS, i)
-                    row = tl.load(slot_ptr + d, mask=(d < D) & inside_slice, other=0.0)
-                    context += tl.sum(key_weights[i].to(tl.float32) * row[None, :], axis=1)
-                tl.store(slot_ptr + D + e, context, mask=(e < D) & inside_slice)
+    if not finite:
+        tl.debug_barrier()
+        slice_context(
+            slices_of_program,
+            source_ptr,
+            source_strides,
+            source_grid,
+            qkv_weight_ptr,
+            qkv_bias_ptr,
+            mask_ptr,
+            mask_strides,
+            seed_ptr,
+            dropout_p,
+            weights_ptr,
+            weights_strides,
+            statistics_ptr,
+            D,
+            CHUNKS,
+            SOURCE_LAYOUT,
+            UNIFORM,
+            BANDS,
+            GROUPS,
+            BLOCK_N,
+            16 if PRODUCTS else BLOCK_P,
+            16 if PRODUCTS else BLOCK_C,
+            1 if PRODUCTS else POOL_STAGES,
+        )
     tl.debug_barrier()
 
     # The tile read last is still near.

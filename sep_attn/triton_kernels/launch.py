@@ -64,7 +64,6 @@ VARYING = (
     "slices",
     "tiles",
     "band_tiles",
-    "pool_tiles",
     "splits",
     "second_splits",
     "third_splits",
@@ -439,10 +438,21 @@ def band_offset(i_band, strides, patch_h, patch_w):
     return (image * strides[0] + row * strides[1] + column * strides[2]) >> STRIDE_SHIFT
 
 
+@triton.constexpr_function
+def shift_of(power):
+    return power.bit_length() - 1
+
+
+@triton.jit
+def in_runs(value, RUN: tl.constexpr):
+    # Changes nothing: shows the compiler a multiple of RUN, which is a power of two.
+    SHIFT: tl.constexpr = shift_of(RUN)
+    return value >> SHIFT << SHIFT
+
+
 @triton.jit
 def stride_of(strides, AXIS: tl.constexpr, WORD: tl.constexpr):
-    # The last two operations change nothing: they show the compiler a multiple of WORD.
-    return (strides[AXIS] >> STRIDE_SHIFT) // WORD * WORD
+    return in_runs(strides[AXIS] >> STRIDE_SHIFT, WORD)
 
 
 @triton.jit
@@ -485,12 +495,12 @@ def in_words(
 ):
     # Changes nothing: says that rows hold whole groups, and that wide runs hold whole words.
     WORD: tl.constexpr = word_of(ptr.dtype)
-    width = width // GROUPS * GROUPS
+    width = in_runs(width, GROUPS)
     if any_is("channels_wide", LAYOUT, SECOND_LAYOUT, THIRD_LAYOUT):
-        channels = channels // WORD * WORD
+        channels = in_runs(channels, WORD)
     if any_is("tokens_wide", LAYOUT, SECOND_LAYOUT, THIRD_LAYOUT):
-        tokens = tokens // WORD * WORD
-        width = width // WORD * WORD
+        tokens = in_runs(tokens, WORD)
+        width = in_runs(width, WORD)
     return tokens, width, channels
 
 
@@ -506,7 +516,7 @@ def tile_offsets(
     LAYOUT: tl.constexpr,
 ):
     RUN: tl.constexpr = run_of(ptr.dtype, LAYOUT)
-    offset = offset // RUN * RUN
+    offset = in_runs(offset, RUN)
     if LAYOUT == "tokens" or LAYOUT == "tokens_wide":
         columns = offset + channels.to(tl.int64) * stride_of(strides, 5, RUN)  # [BLOCK_D]
         rows = tokens  # [BLOCK_N]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sep_attn.triton_kernels.contexts import LOWEST, pool_tile, start_pool
 from sep_attn.triton_kernels.launch import VARYING, band_offset, by_group, in_words, spread
 from sep_attn.triton_kernels.pooling import write_weights
 from sep_attn.triton_kernels.tiles import (
@@ -20,94 +21,18 @@ from sep_attn.triton_kernels.tiles import (
     chunk_even,
     draw_dropout,
     load_bias,
-    load_kept,
     load_tokens,
     load_values,
     load_weight,
     program_columns,
     row_offsets,
     row_slices,
-    slice_max,
-    slice_sum,
     spread_slices,
     store_columns,
     store_values,
     tile_rows,
     zero_chunks,
 )
-
-# float32's; a maximum of -inf says that no token was kept, a kept score of -inf counts as this.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-
-
-@triton.jit
-def start_pool(CHUNKS: tl.constexpr, SLICES: tl.constexpr):
-    # A running softmax: maximum, total and total after dropout (0 where there is none) of each
-    # slice, [SLICES], and its tokens' sum, a tuple of [SLICES, width of the chunk].
-    maximum = tl.full((SLICES,), float("-inf"), tl.float32)
-    zeros = tl.zeros((SLICES,), tl.float32)
-    return maximum, zeros, zeros, zero_chunks(CHUNKS, SLICES)
-
-
-@triton.jit
-def pool_tile(
-    pool,  # of start_pool
-    tile,
-    source_ptr,
-    source_strides,
-    qkv_weight_ptr,  # [1 + 2 D, D]
-    qkv_bias_ptr,
-    mask_ptr,
-    mask_strides,
-    seed_ptr,
-    dropout_p,
-    scores_ptr,  # the scores, where the weights will stand
-    scores_strides,
-    stores_scores,
-    D: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    SOURCE_LAYOUT: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    BANDS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    # One step of the running softmax: the tile's scores, stored where they are wanted, and its
-    # tokens added to the pool.
-    maximum, total, dropped_total, pooled = pool
-    grid, i_tile, band, n, inside = tile
-    BLOCK_N: tl.constexpr = n.shape[0]
-    x = load_tokens(source_ptr, source_strides, tile, D, CHUNKS, UNIFORM, SOURCE_LAYOUT)
-    scores = tl.zeros((BLOCK_N,), tl.float32)
-    for i in tl.static_range(len(CHUNKS)):
-        score_weight = load_bias(qkv_weight_ptr, chunk_channels(CHUNKS, i), D)
-        scores += tl.sum(x[i].to(tl.float32) * score_weight[None, :], axis=1)
-    if qkv_bias_ptr is not None:
-        scores += tl.load(qkv_bias_ptr).to(tl.float32)
-    kept = load_kept(mask_ptr, mask_strides, tile, UNIFORM)
-    if mask_ptr is not None:
-        masked = ()
-        for i in tl.static_range(len(CHUNKS)):
-            masked = masked + (tl.where(kept[:, None], x[i], 0.0),)
-        x = masked
-    scores = tl.where(kept, scores, float("-inf"))
-    if scores_ptr is not None:
-        stored = (grid, i_tile, band, n, inside & stores_scores)
-        store_values(scores_ptr, scores_strides, stored, scores, UNIFORM)
-
-    candidate = tl.where(kept, tl.maximum(scores, LOWEST), float("-inf"))
-    new_maximum = tl.maximum(maximum, slice_max(candidate, BANDS, GROUPS))  # [SLICES]
-    shift = tl.maximum(new_maximum, LOWEST)
-    rescale = tl.exp(maximum - shift)
-    weights = tl.exp(scores - spread_slices(shift, BANDS, GROUPS, BLOCK_N))  # [BLOCK_N]
-    total = total * rescale + slice_sum(weights, BANDS, GROUPS)
-    if seed_ptr is not None:
-        weights *= draw_dropout(seed_ptr, dropout_p, band, n)
-        dropped_total = dropped_total * rescale + slice_sum(weights, BANDS, GROUPS)
-    new_pooled = ()
-    for i in tl.static_range(len(CHUNKS)):
-        tile_pooled = slice_sum(weights[:, None] * x[i].to(tl.float32), BANDS, GROUPS)
-        new_pooled = new_pooled + (pooled[i] * rescale[:, None] + tile_pooled,)
-    return new_maximum, total, dropped_total, new_pooled
 
 
 @triton.jit(do_not_specialize=VARYING)

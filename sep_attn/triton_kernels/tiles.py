@@ -26,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from sep_attn.triton_kernels.launch import (
     TokenGrid,
     band_offset,
+    in_runs,
     run_of,
     stride_of,
     token_offsets,
@@ -113,7 +114,8 @@ def row_slices(tile, BANDS: tl.constexpr, GROUPS: tl.constexpr):
     # The first slice of the tile, and the slot of every row's slice, [BLOCK_N].
     grid, i_tile, _, n, _ = tile
     _, _, _, _, _, band_tiles = grid
-    first_slice = i_tile // band_tiles * (BANDS * GROUPS)
+    first_band = i_tile // band_tiles if BANDS == 1 else i_tile * BANDS
+    first_slice = first_band * GROUPS
     i = tl.arange(0, n.shape[0])
     return first_slice, i // (n.shape[0] // BANDS) * GROUPS + i % GROUPS
 
@@ -160,12 +162,11 @@ def load_kept(mask_ptr, mask_strides, tile, UNIFORM: tl.constexpr):
 
 @triton.jit
 def row_offsets(ptr, strides, tile, UNIFORM: tl.constexpr, LAYOUT: tl.constexpr):
-    # [BLOCK_N], of each token's channel 0. Dividing and multiplying by RUN changes nothing: it
-    # shows the compiler a multiple.
+    # [BLOCK_N], of each token's channel 0.
     RUN: tl.constexpr = run_of(ptr.dtype, LAYOUT)
     grid, _, band, n, _ = tile
     _, _, width, patch_h, patch_w, _ = grid
-    start = band_offset(band, strides, patch_h, patch_w) // RUN * RUN
+    start = in_runs(band_offset(band, strides, patch_h, patch_w), RUN)
     if LAYOUT == "tokens" or LAYOUT == "tokens_wide":
         if UNIFORM:
             return start + n
