@@ -8,8 +8,10 @@ import pytest
 import torch
 from oracle import Case, check_layer, inputs_of, run
 
+from benchmarks.machine_code import forget_plans
 from sep_attn.backends import unavailable_reason
 from sep_attn.functional import separable_attention
+from sep_attn.triton_kernels import attention
 
 # Small enough for Triton's interpreter: each option alone, then together; ragged N and D.
 OPTIONS = [
@@ -93,6 +95,22 @@ def test_every_size(case: Case, dtype: torch.dtype, backend: str, device: torch.
     device = device_of(backend, device)
     backend_or_skip(backend, device, dtype)
     check_layer(separable_attention, case, dtype, device, backend=backend)
+
+
+@pytest.mark.parametrize("case", [Case((3, 260, 40)), Case((7, 40, 136))], ids=str)
+def test_programs_of_several_tiles(
+    case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loop that reads ahead must not fill what another warp still multiplies. Large calls loop:
+    so does this one, with few programs a launch."""
+    backend_or_skip("triton", device, torch.float16)
+    for name in ("WEIGHT_PROGRAMS", "WEIGHT_WARPS", "SPLIT_PROGRAMS"):
+        monkeypatch.setattr(attention, name, 2)
+    forget_plans()
+    try:
+        check_layer(separable_attention, case, torch.float16, device, backend="triton")
+    finally:
+        forget_plans()
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
