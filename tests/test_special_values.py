@@ -188,6 +188,30 @@ def test_bad_numbers_stay_in_their_slice_where_slices_share_a_product(
                 )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_weights_are_summed_where_the_largest_has_nothing(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    """A token with nearly all of the weight is 0 in a channel where the others are 1: what is left
+    of them there are weights of 1e-7, which float16 does not hold, to a percent."""
+    backend_or_skip("triton", device, dtype)
+    x = torch.zeros(1, 150, 8, dtype=dtype, device=device)
+    x[0, 7, 0] = 16.0
+    x[0, :, 1] = 1.0
+    x[0, 7, 1] = 0.0
+    qkv_weight = torch.zeros(17, 8, dtype=dtype, device=device)
+    qkv_weight[0, 0] = 1.0  # the scores: 16 and 0
+    qkv_weight[1 + 1, 1] = 1024.0  # the key: the sum of the others' weights
+    qkv_bias = torch.zeros(17, dtype=dtype, device=device)
+    qkv_bias[9:] = 1.0  # the values
+    identity = torch.eye(8, dtype=dtype, device=device)
+    out = separable_attention(x, qkv_weight, qkv_bias, identity, None, backend="triton")
+    expected = 1024 * 149 / (149 + math.exp(16))
+    torch.testing.assert_close(
+        out[0, :, 1].float(), torch.full((150,), expected, device=device), atol=0.0, rtol=0.01
+    )
+
+
 # Tokens as rows, on lanes by tokens, on lanes by rows and with a tail; every number of channels is
 # ragged, and odd ones leave a pair of channels half empty where products are of pairs.
 BFLOAT16_CASES = [

@@ -39,6 +39,7 @@ from sep_attn.triton_kernels import fused, products, scoring, tracing
 from sep_attn.triton_kernels.configs import (
     MOST_FUSED_BACKWARD_CHANNELS,
     MOST_FUSED_CHANNELS,
+    TABLES,
     Config,
     architecture,
     chunk_widths,
@@ -66,13 +67,15 @@ SHORT_TOKENS = 1024
 SHORT_PROGRAMS = 64
 SHARED_VALUES = 2**16
 SHARED_PROGRAMS = 132
-# With more channels a tile of whole tokens leaves few registers for addresses.
+# With more channels a tile of whole tokens leaves few registers for addresses: products take half
+# as many at a time.
 MOST_ROOMY_CHANNELS = 384
 # A tile of whole tokens with more channels than this takes long: where there are fewer than
 # SHORT_PROGRAMS tiles, each is shared out among programs by its columns.
 MOST_LONE_CHANNELS = 256
 # A tile of the softmax in the kernel for short slices, and one of W_K: at most so many rows, or
-# columns, and so many values in all programs of a multiprocessor; and tiles under way at a time.
+# columns, and so many values in all programs that are to fit on a multiprocessor, a quarter
+# where an architecture has no table; and tiles under way at a time.
 POOL_ROWS = 128
 KEY_COLUMNS = 128
 POOL_VALUES = 32768
@@ -240,10 +243,8 @@ def _product(
 
 
 def _depth(call: Call, channels: int) -> int:
-    """Channels that a product takes at a time: 128 bytes of a row, or half of that where registers
-    are few."""
-    row = 128 if channels <= MOST_ROOMY_CHANNELS else 64
-    return min(row // call.itemsize, _padded(channels))
+    """Channels that a product takes at a time: 128 bytes of a row."""
+    return min(128 // call.itemsize, _padded(channels))
 
 
 class ForwardPlan(NamedTuple):
@@ -334,12 +335,13 @@ def _plan_forward(
 
 def _value_gate_output(call: Call, config: Config, channels: int, slices: int) -> dict[str, Any]:
     """What the kernels are told that hold whole tokens, of ``slices`` slices a tile."""
+    depth = _depth(call, channels)
     return {
         "VALUE_CHUNKS": value_widths(channels, slices),
         "ACT": call.act,
         "PRECISION": call.precision,
         "BLOCK_E": min(config.columns, _padded(channels)),
-        "BLOCK_K": _depth(call, channels),
+        "BLOCK_K": depth if channels <= MOST_ROOMY_CHANNELS else depth // 2,
     }
 
 
@@ -354,6 +356,8 @@ def _slice_launch(call: Call, operands: Operands) -> Launch:
     splits, part_tiles = split_tiles(band_tiles, torch.sym_max(1, SHARED_PROGRAMS // sides))
     chunks = chunk_widths(channels)
     most_values = POOL_VALUES // max(1, config.programs)
+    if call.arch not in TABLES:
+        most_values //= 4
     fitting = max(16, 1 << (most_values // sum(chunks)).bit_length() - 1)
     arguments = {
         **_of_call(operands, grid),

@@ -212,7 +212,7 @@ def chunk_widths(channels: int) -> tuple[int, ...]:
 @functools.cache
 def value_widths(channels: int, slices: int) -> tuple[int, ...]:
     """The pieces in which the values of a tile are made: at most as wide as one instruction of
-    sm_90's tensor cores, and half of that where the contexts of many slices take registers too."""
+    sm_90's tensor cores, and half of that where the contexts of its slices take registers too."""
     narrow = channels > WIDEST_PRODUCT and slices * channels > MOST_CONTEXT_VALUES
     widest = WIDEST_PRODUCT // 2 if narrow else WIDEST_PRODUCT
     return tuple(

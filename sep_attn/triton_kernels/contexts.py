@@ -3,9 +3,9 @@
 the contexts of a program's slices.
 
 In half precision both are products on the tensor cores (:func:`slice_context_products`): attention
-with a query for each slice, all of them w_I. Where a token holds a NaN or an infinity, whose
-product with the weight 0 of another slice is not 0, and in float32, they are sums on the CUDA cores
-(:func:`slice_context`).
+with a query for each slice, all of them w_I. In float32, and where a pooled value is not finite,
+they are sums on the CUDA cores (:func:`slice_context`): a NaN or an infinity in a token times the
+weight 0 of another slice is not 0.
 """
 
 from __future__ import annotations
@@ -113,6 +113,12 @@ def slots_of(slices):
     return max(16, slices)
 
 
+@triton.constexpr_function
+def weight_scale(dtype):
+    # Keeps the lower halves of small weights above what float16 holds.
+    return 2.0**15 if dtype == tl.float16 else 1.0
+
+
 @triton.jit
 def pool_products(
     pool,  # of start_pool, of slots_of(SLICES) slices
@@ -137,9 +143,10 @@ def pool_products(
     GROUPS: tl.constexpr,
 ):
     # What pool_tile does, in half precision on the tensor cores: attention with a query for each
-    # slice. The weights are the sum of two values, a hundred times nearer to them than one; the
-    # sums come before dropout's 1 / (1 - dropout_p). A product carries a NaN or an infinity in a
-    # token to other slices than its own, so that all who read its channel hear of it.
+    # slice. The weights are the sum of two values, a hundred times nearer to them than one. The
+    # tokens' sums are ``weight_scale`` times as large, and come before dropout's
+    # 1 / (1 - dropout_p). A product carries a NaN or an infinity in a token, a masked one too, to
+    # other slices than its own, so that all who read its channel hear of it.
     maximum, total, dropped_total, pooled = pool
     _, _, band, n, inside = tile
     SLOTS: tl.constexpr = maximum.shape[0]
@@ -172,6 +179,7 @@ def pool_products(
         drawn = draw_dropout(seed_ptr, dropout_p, band, n)
         weights = tl.where((drawn > 0.0)[None, :], weights, 0.0)
         dropped_total = dropped_total * rescale + tl.sum(weights, axis=1)
+    weights *= weight_scale(source_ptr.dtype.element_ty)
     high = weights.to(source_ptr.dtype.element_ty)
     low = (weights - high.to(tl.float32)).to(source_ptr.dtype.element_ty)
     new_pooled = ()
@@ -244,7 +252,7 @@ def slice_context(
     STAGES: tl.constexpr,
 ):
     # Softmax, pool and context of a program's slices on the CUDA cores, one part of its bands after
-    # the other: in float32, and where a token holds a NaN or an infinity.
+    # the other: in float32, and where a pooled value is not finite.
     first_slice, slices, stores_weights = slices_of_program
     bands, tokens, width, patch_h, patch_w = source_grid
     POOL_BANDS: tl.constexpr = bands_of(BLOCK_P, BLOCK_N, BANDS)
@@ -423,7 +431,7 @@ def slice_context_products(
         divisor = tl.where(maximum == float("-inf"), 1.0, total)  # [SLOTS]
         weight_sum = dropped_total / divisor * scale
         tl.store(row_ptrs + 2 * D, weight_sum, mask=inside)
-        share = 1.0 / divisor
+        share = 1.0 / (divisor * weight_scale(source_ptr.dtype.element_ty))
         high = ()
         low = ()
         for i in tl.static_range(len(CHUNKS)):

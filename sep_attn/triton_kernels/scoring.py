@@ -2,7 +2,8 @@
 """Scores, softmax and context of the fused layer: ``p = softmax(x' w_I + b_I)``, after dropout
 ``p~``, ``xbar = sum_n p~_n x'_n``, ``sigma = sum_n p~_n`` and ``c = W_K xbar + sigma b_K``.
 
-Short slices do this inside :mod:`sep_attn.triton_kernels.fused`, from the device functions here.
+Short slices do this inside :mod:`sep_attn.triton_kernels.fused`, with
+:mod:`sep_attn.triton_kernels.contexts`.
 For the others the tokens of a band are split over programs (one read of x'), and a second kernel
 combines the parts in a fixed order and applies W_K. Backward goes from the context to the pooled
 x', the softmax and W_K, one row a slice, and reads x' once more.
