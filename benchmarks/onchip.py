@@ -17,7 +17,13 @@ from functools import partial
 from typing import NamedTuple
 
 from benchmarks.registry import LayerShape
-from sep_attn.triton_kernels.configs import WIDEST_PRODUCT, Config, config_of, value_widths
+from sep_attn.triton_kernels.configs import (
+    WIDEST_PRODUCT,
+    Config,
+    config_of,
+    value_widths,
+    weight_rows,
+)
 
 TARGET = "sm_90"
 ITEMSIZE = 2
@@ -72,12 +78,14 @@ def by_columns(shape: LayerShape, config: Config, *, products: int) -> Traffic:
 
 
 def weights_at_once(shape: LayerShape, config: Config) -> Traffic:
-    """``value_gate_weights_bwd_kernel``, whose programs keep the weights and the sums."""
+    """``value_gate_weights_bwd_kernel``, whose programs keep the weights and the sums, and hold
+    pieces of whole instructions."""
     tokens, dim = shape.slices * shape.tokens, shape.dim
     tiles, blocks = math.ceil(tokens / config.tokens), math.ceil(dim / config.columns)
     values = tokens * dim * ITEMSIZE
-    forth = operands(config.tokens, config.columns, dim, config.warps)
-    back = operands(dim, config.columns, config.tokens, config.warps)
+    width = sum(weight_rows(dim))
+    forth = operands(config.tokens, config.columns, width, config.warps)
+    back = operands(width, config.columns, config.tokens, config.warps)
     return Traffic((2 * blocks + 2) * values, 2 * tiles * blocks * (forth + back))
 
 

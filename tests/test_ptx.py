@@ -211,6 +211,17 @@ def test_upper_halves_of_products() -> None:
         assert found.tolist() == products
 
 
+def test_bytes_and_fields() -> None:
+    given, out = torch.arange(-90, 166, 4, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    byte = LOAD + "cvt.s8.s32 %rs1, %x;\n"
+    for widened in ("cvt.s32.s8 %y, %rs1;\n", "cvt.s32.s16 %y, %rs1;\n"):
+        run_ptx(byte + widened + STORE, given, out)
+        assert torch.equal(out, given.to(torch.int8).int())
+    run_ptx(LOAD + "bfi.b32 %y, %x, 1515870810, 8, 6;\n" + STORE, given, out)
+    field = 0x3F << 8
+    assert torch.equal(out, 0x5A5A5A5A & ~field | given << 8 & field)
+
+
 # One call of each form: tokens apart, side by side and in patches; a mask, a source, dropout.
 CALLS = (
     "2x37x16-value_act=identity-need_weights=True-dtype3-triton",

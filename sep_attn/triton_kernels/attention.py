@@ -45,6 +45,7 @@ from sep_attn.triton_kernels.configs import (
     chunk_widths,
     config_of,
     value_widths,
+    weight_rows,
 )
 from sep_attn.triton_kernels.launch import (
     Launch,
@@ -68,18 +69,19 @@ SHORT_PROGRAMS = 64
 SHARED_VALUES = 2**16
 SHARED_PROGRAMS = 132
 # With more channels a tile of whole tokens leaves few registers for addresses: products take half
-# as many at a time.
+# as many at a time, and the pool has a stage less.
 MOST_ROOMY_CHANNELS = 384
 # A tile of whole tokens with more channels than this takes long: where there are fewer than
 # SHORT_PROGRAMS tiles, each is shared out among programs by its columns.
 MOST_LONE_CHANNELS = 256
 # A tile of the softmax in the kernel for short slices, and one of W_K: at most so many rows, or
 # columns, and so many values in all programs that are to fit on a multiprocessor, a quarter
-# where an architecture has no table; and tiles under way at a time.
+# where an architecture has no table. Of this many stages the compiler loads a tile while it works
+# on the one before: with two it would wait for each.
 POOL_ROWS = 128
 KEY_COLUMNS = 128
 POOL_VALUES = 32768
-POOL_STAGES = 2
+POOL_STAGES = 3
 # Long bands are split over about this many programs.
 SPLIT_PROGRAMS = 512
 COMBINE_ROWS = 128
@@ -376,7 +378,7 @@ def _slice_launch(call: Call, operands: Operands) -> Launch:
         "BLOCK_N": config.tokens,
         "BLOCK_P": min(config.tokens, POOL_ROWS, fitting),
         "BLOCK_C": min(KEY_COLUMNS, _padded(channels), fitting),
-        "POOL_STAGES": POOL_STAGES,
+        "POOL_STAGES": POOL_STAGES if channels <= MOST_ROOMY_CHANNELS else POOL_STAGES - 1,
     }
     return Launch(fused.slice_fwd_kernel, sides, arguments, splits)
 
@@ -539,13 +541,13 @@ def _value_gate_weights(call: Call, operands: Operands) -> tuple[int, int, Launc
         **_options(config),
         "split_tiles": part_tiles,
         "slices": operands.slices,
-        # In one piece: narrow ones leave the tensor cores' wide instruction no 64 rows.
-        "CHUNKS": (_padded(operands.channels),),
+        "CHUNKS": weight_rows(operands.channels),
         "ACT": call.act,
         "PRECISION": call.precision,
         "BLOCK_E": block,
     }
-    launch = Launch(fused.value_gate_weights_bwd_kernel, columns * splits, arguments)
+    names = {"bias_partial_ptr": "token_bias_partial_ptr"}
+    launch = Launch(fused.value_gate_weights_bwd_kernel, columns * splits, arguments, **names)
     return splits, _most(splits, most), launch
 
 
@@ -560,7 +562,8 @@ class BackwardPlan(NamedTuple):
 
     ``scratch_before`` and ``scratch_after`` are the float32 values of each tensor that only the
     launches before, or after, use, by name. ``in_place``: dx may take the place of dv, for a
-    program reads all channels of its tokens before it writes them.
+    program reads all channels of its tokens before it writes them. ``at_once``: the first launch
+    makes the gradients of both weights, and of their biases.
     """
 
     before_sums: tuple[Launch, ...]
@@ -569,7 +572,7 @@ class BackwardPlan(NamedTuple):
     after_sums: tuple[Launch, ...]
     scratch_before: dict[str, int]
     scratch_after: dict[str, int]
-    keeps_gated: bool
+    at_once: bool
     in_place: bool
 
 
@@ -603,28 +606,35 @@ def _sum_parts(*given: Parts) -> Launch:
     return Launch(products.sum_parts_kernel, programs, arguments, **names)
 
 
-def _partial_shape(first: Launch) -> tuple[int, ...]:
+def _partial_shape(first: Launch, at_once: bool) -> tuple[int, ...]:
     """Of the sums that a backward pass's first launch leaves for each tile: tiles side by side,
-    tiles of a band, slices of a tile and the two biases, channels."""
+    tiles of a band, slices of a tile and two biases (not where it sums these ``at_once`` with the
+    weights' gradients), channels."""
     tiles = first.arguments
     sides = triton.cdiv(tiles["bands"], tiles["BANDS"])
-    return sides, tiles["band_tiles"], tiles["BANDS"] * tiles["GROUPS"] + 2, tiles["D"]
+    rows = tiles["BANDS"] * tiles["GROUPS"] + (0 if at_once else 2)
+    return sides, tiles["band_tiles"], rows, tiles["D"]
 
 
 def _context(
-    call: Call, operands: Operands, first: Launch, need_weight_grad: bool
+    call: Call,
+    operands: Operands,
+    partial_shape: tuple[int, ...],
+    tile_slices: int,
+    need_weight_grad: bool,
 ) -> tuple[Launch, int, bool]:
     """The launch that takes the gradient of each context from the sums of the first launch; how
     many blocks of slices it has; whether the tiles of a slice are to be summed before."""
-    _, band_tiles, rows, channels = _partial_shape(first)
+    _, band_tiles, rows, channels = partial_shape
     sum_tiles = not statically_known_true(band_tiles <= MOST_TILES_SUMMED)
-    block_slices = max(CONTEXT_SLICES, rows - 2)
+    block_slices = max(CONTEXT_SLICES, tile_slices)
     columns = min(CONTEXT_COLUMNS, _padded(channels))
     arguments = {
         "band_tiles": 1 if sum_tiles else band_tiles,
         "slices": operands.slices,
         "D": channels,
-        "SLICES": rows - 2,
+        "SLICES": tile_slices,
+        "ROWS": rows,
         "PRECISION": _slice_precision(call),
         "BLOCK_S": block_slices,
         "BLOCK_E": columns,
@@ -698,9 +708,14 @@ def _plan_backward(
     if at_once:
         splits, parts, first = _value_gate_weights(call, operands)
         weights = "grad_value_weight_ptr", matrix, "grad_out_weight_ptr"
-        sums = _sum_parts(Parts("weight_partial_ptr", splits, 2 * matrix, *weights))
+        biases = "grad_value_bias_ptr", channels, "grad_out_bias_ptr"
+        sums = _sum_parts(
+            Parts("weight_partial_ptr", splits, 2 * matrix, *weights),
+            Parts("token_bias_partial_ptr", splits, 2 * channels, *biases),
+        )
         before_sums = [first, sums]
         before["weight_partial_ptr"] = parts * 2 * matrix
+        before["token_bias_partial_ptr"] = parts * 2 * channels
     else:
         first = _value_gate(call, operands)
         before_sums = [first]
@@ -715,7 +730,11 @@ def _plan_backward(
                 before_sums += [product, sums]
             before["weight_partial_ptr"] = parts * matrix
 
-    context_launch, blocks, sum_tiles = _context(call, operands, first, need_weight_grad)
+    partial_shape = _partial_shape(first, at_once)
+    tile_slices = first.arguments["BANDS"] * first.arguments["GROUPS"]
+    context_launch, blocks, sum_tiles = _context(
+        call, operands, partial_shape, tile_slices, need_weight_grad
+    )
     source_launch = _source(call, operands, separate)
     after = {
         "grad_pooled_ptr": slices * channels,
@@ -730,25 +749,29 @@ def _plan_backward(
         after_sums.append(product)
     if need_weight_grad:
         after["grad_context_ptr"] = slices * channels
-        after["bias_partial_ptr"] = blocks * 3 * channels
+        bias_sums = Parts("bias_partial_ptr", blocks, channels, "grad_key_bias_ptr", channels)
+        if not at_once:  # then b_V lies beside b_K, and b_O comes after them
+            bias_sums = bias_sums._replace(
+                values=3 * channels, first_values=2 * channels, rest_ptr="grad_out_bias_ptr"
+            )
+        after["bias_partial_ptr"] = blocks * bias_sums.values
         splits, parts, product = _key_weight(call, operands)
         after["key_partial_ptr"] = parts * matrix
-        biases = "grad_bias_ptr", 2 * channels, "grad_out_bias_ptr"
         scores = "grad_qkv_weight_ptr", channels, "grad_qkv_bias_ptr"
         sums = _sum_parts(
-            Parts("bias_partial_ptr", blocks, 3 * channels, *biases),
+            bias_sums,
             Parts("score_partial_ptr", source_launch.programs, channels + 1, *scores),
             Parts("key_partial_ptr", splits, matrix, "grad_key_weight_ptr", matrix),
         )
         after_sums += [product, sums]
     return BackwardPlan(
         tuple(before_sums),
-        _partial_shape(first),
+        partial_shape,
         sum_tiles,
         tuple(after_sums),
         before,
         after,
-        need_weight_grad and not at_once,
+        at_once,
         in_place,
     )
 
@@ -910,7 +933,7 @@ def separable_attention_backward(
         "grad_weights_ptr": grad_weights,
         "seed_ptr": dropout_seed,
         "grad_v_ptr": grad_v,
-        "gated_ptr": torch.empty_like(x) if plan.keeps_gated else None,
+        "gated_ptr": torch.empty_like(x) if need_weight_grad and not plan.at_once else None,
         "grad_scores_ptr": torch.empty_like(weights),
         "partial_ptr": partial,
         "grad_x_ptr": grad_x,
@@ -918,13 +941,14 @@ def separable_attention_backward(
         **scratch,
     }
     if need_weight_grad:
-        rows, biases = _pieces(grad_qkv_weight, grad_qkv_bias)
+        rows, biases = _pieces(grad_qkv_weight, grad_qkv_bias, plan.at_once)
         tensors |= {
             "grad_qkv_weight_ptr": rows[0],
             "grad_key_weight_ptr": rows[1],
             "grad_value_weight_ptr": rows[2],
             "grad_qkv_bias_ptr": biases[0],
-            "grad_bias_ptr": biases[1],
+            "grad_key_bias_ptr": biases[1],
+            "grad_value_bias_ptr": biases[-1],
             "grad_out_weight_ptr": grad_out_weight,
             "grad_out_bias_ptr": grad_out_bias,
         }
@@ -942,15 +966,22 @@ def separable_attention_backward(
     return *input_grads, grad_qkv_weight, grad_qkv_bias, grad_out_weight, grad_out_bias
 
 
-def _pieces(weight: Tensor, bias: Tensor) -> tuple[list[Any], list[Any]]:
-    """Of qkv_proj's gradients: the rows of score, keys and values, and the biases of the score and
-    of the others. In a traced program they are to be put together."""
+def _pieces(weight: Tensor, bias: Tensor, at_once: bool) -> tuple[list[Any], list[Any]]:
+    """Of qkv_proj's gradients: the rows of score, keys and values; and the biases of these, or of
+    the score and of the others where not both weights' gradients are made at once. In a traced
+    program they are to be put together."""
     channels = weight.shape[1]
+    sizes = (1, channels, channels)
+    bias_sizes = sizes if at_once else (1, 2 * channels)
     if tracing.is_active():
-        rows = [weight.new_empty(count, channels) for count in (1, channels, channels)]
-        return rows, [bias.new_empty(count) for count in (1, 2 * channels)]
-    firsts = (0, channels, (1 + channels) * channels)
-    return [Part(weight, first) for first in firsts], [Part(bias, first) for first in (0, 1)]
+        rows = [weight.new_empty(size, channels) for size in sizes]
+        return rows, [bias.new_empty(size) for size in bias_sizes]
+    rows = [Part(weight, first * channels) for first in _starts(sizes)]
+    return rows, [Part(bias, first) for first in _starts(bias_sizes)]
+
+
+def _starts(sizes: tuple[int, ...]) -> list[int]:
+    return list(itertools.accumulate(sizes[:-1], initial=0))
 
 
 def _scratch(like: Tensor, *groups: dict[str, int]) -> dict[str, Tensor | Part]:

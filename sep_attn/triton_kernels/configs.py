@@ -27,8 +27,9 @@ MOST_FUSED_BACKWARD_CHANNELS = {2: 256, 4: 0}
 
 # The forward kernels whose programs hold whole tokens.
 WHOLE_TOKEN_KERNELS = ("slice_fwd_kernel", "value_gate_output_fwd_kernel")
-# Columns of the widest product that is one instruction of a tensor core.
+# Columns of the widest product that is one instruction of a tensor core, and its rows.
 WIDEST_PRODUCT = 256
+WIDE_PRODUCT_ROWS = 64
 # A tile whose slices' contexts have more values makes its values in narrower pieces: both take
 # registers.
 MOST_CONTEXT_VALUES = 768
@@ -127,7 +128,7 @@ SM_90: Mapping[str, Rows] = {
         None: (128, 256, 8, 3),
     },
     "value_gate_bwd_kernel": {None: (128, 64, 8, 3)},
-    "value_gate_weights_bwd_kernel": {128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+    "value_gate_weights_bwd_kernel": {192: (64, 64, 8, 3), 256: (64, 64, 8, 2)},
     "weight_grad_kernel": {None: (64, 128, 8, 3)},
     "source_bwd_kernel": {
         64: (64, 0, 4, 3),
@@ -220,3 +221,13 @@ def value_widths(channels: int, slices: int) -> tuple[int, ...]:
         for width in chunk_widths(channels)
         for part in [min(width, widest)] * max(1, width // widest)
     )
+
+
+@functools.cache
+def weight_rows(channels: int) -> tuple[int, ...]:
+    """The pieces in which a program holds the sums of a weight's gradient: one, or three of the 64
+    rows of sm_90's tensor cores where that saves a fourth. More of them take registers for where
+    they lie."""
+    if 2 * WIDE_PRODUCT_ROWS < channels <= 3 * WIDE_PRODUCT_ROWS:
+        return (WIDE_PRODUCT_ROWS,) * 3
+    return (max(16, 1 << (channels - 1).bit_length()),)

@@ -25,6 +25,7 @@ from sep_attn.triton_kernels.tiles import (
     chunk_channels,
     chunk_even,
     chunk_width,
+    fold_rows,
     load_bias,
     load_columns,
     load_slice_columns,
@@ -34,7 +35,9 @@ from sep_attn.triton_kernels.tiles import (
     row_offsets,
     row_slices,
     store_columns,
+    store_weight,
     tile_rows,
+    unfolded_sum,
 )
 
 
@@ -168,7 +171,6 @@ def value_gate_output_tile(
                 d,
                 D,
                 BANDS * GROUPS,
-                False,
             )
             own = (v * context).to(x_ptr.dtype.element_ty)
             if zero != 0:
@@ -409,6 +411,21 @@ def slice_fwd_kernel(
         )
 
 
+@triton.jit
+def add_products(acc, chunks, weights, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+    # To acc the product of tokens with a weight, both in pieces.
+    for i in tl.static_range(len(chunks)):
+        weight = weights[i].T if TRANSPOSED else weights[i]
+        # Both branches are the same, and become one. Without them Triton sees a product that feeds
+        # a product and gives each warp whole rows: of eight warps, four would repeat 64 rows. It
+        # joins branches that have the same condition.
+        if tl.program_id(1) == (2 * i + 1 if TRANSPOSED else 2 * i):
+            acc = tl.dot(chunks[i], weight, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(chunks[i], weight, acc, input_precision=PRECISION)
+    return acc
+
+
 @triton.jit(do_not_specialize=VARYING)
 def value_gate_weights_bwd_kernel(
     grad_out_ptr,
@@ -421,8 +438,9 @@ def value_gate_weights_bwd_kernel(
     statistics_ptr,  # [S, 2 D + 1]: pooled | context | sum of the dropped weights
     grad_v_ptr,
     grad_v_strides,
-    partial_ptr,  # [tiles, SLICES + 2, D]: gradient of each context | of b_V | of b_O
+    partial_ptr,  # [tiles, SLICES, D]: gradient of each context
     weight_partial_ptr,  # [splits, 2, D, D]: gradient of W_V | of W_O
+    bias_partial_ptr,  # [splits, 2, D]: gradient of b_V | of b_O
     bands,
     tokens,
     width,
@@ -466,49 +484,55 @@ def value_gate_weights_bwd_kernel(
         zeros = tl.zeros((chunk_width(CHUNKS, i), BLOCK_E), tl.float32)
         grad_value_weights = grad_value_weights + (zeros,)
         grad_out_weights = grad_out_weights + (zeros,)
-    value_bias = tl.zeros((BLOCK_E,), tl.float32)
-    if qkv_bias_ptr is not None:
-        value_bias = load_bias(qkv_bias_ptr + 1 + D, e, D)
+    # Rows that a thread holds are added tile by tile, all others at the end.
+    grad_value_bias = tl.zeros((BLOCK_N // 16, 8, BLOCK_E), tl.float32)
+    grad_out_bias = tl.zeros((1, BLOCK_N // 2, BLOCK_E), tl.float32)
 
     first_tile = i_split * split_tiles
-    for i_step in tl.range(0, tl.minimum(split_tiles, tiles - first_tile)):
-        tile = tile_rows(first_tile + i_step, grid, BANDS, BLOCK_N)
-        x = load_tokens(x_ptr, x_strides, tile, D, CHUNKS, UNIFORM, X_LAYOUT)
+    for i_step in tl.range(0, tl.minimum(split_tiles, tiles - first_tile), disable_licm=True):
+        # Always 0, which the compiler does not know: what it is added to is worked out for each
+        # tile anew, where offsets of every row and channel would be kept.
+        zero = tl.multiple_of(i_step >> 30, 16)
+        columns = e + zero  # [BLOCK_E]
+        tile = tile_rows(first_tile + i_step, grid, BANDS, BLOCK_N, zero)
+        x = load_tokens(x_ptr, x_strides, tile, D, CHUNKS, UNIFORM, X_LAYOUT, zero)
         grad_out = load_tokens(
-            grad_out_ptr, grad_out_strides, tile, D, CHUNKS, UNIFORM, GRAD_OUT_LAYOUT
+            grad_out_ptr, grad_out_strides, tile, D, CHUNKS, UNIFORM, GRAD_OUT_LAYOUT, zero
         )
         v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
         grad_gated = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-        for i in tl.static_range(len(CHUNKS)):
-            v = tl.dot(x[i], value_weights[i].T, v, input_precision=PRECISION)
-            grad_gated = tl.dot(grad_out[i], out_weights[i], grad_gated, input_precision=PRECISION)
-        v += value_bias[None, :]
+        grad_gated = add_products(grad_gated, grad_out, out_weights, False, PRECISION)
+        v = add_products(v, x, value_weights, True, PRECISION)
+        if qkv_bias_ptr is not None:
+            v += load_bias(qkv_bias_ptr + 1 + D, columns, D, EVEN_E)[None, :]
         # Rows beyond the tokens hold act(b_V), but their x and gradients are 0.
         gated, grad_v = gate_bwd_tile(
             v,
             grad_gated,
-            e,
+            columns,
             tile,
-            grad_out_ptr,
-            grad_out_strides,
             statistics_ptr,
-            None,
-            None,
             grad_v_ptr,
             grad_v_strides,
             partial_ptr,
             slices,
             D,
             EVEN_E,
-            GRAD_OUT_LAYOUT,
-            "",
             GRAD_V_LAYOUT,
             UNIFORM,
             BANDS,
             GROUPS,
+            BANDS * GROUPS,
             ACT,
-            True,
         )
+        grad_value_bias += fold_rows(grad_v, 8)
+        rows = row_offsets(grad_out_ptr, grad_out_strides, tile, UNIFORM, GRAD_OUT_LAYOUT)
+        own_grad_out = load_columns(
+            grad_out_ptr, grad_out_strides, tile, rows, columns, D, EVEN_E, GRAD_OUT_LAYOUT
+        )
+        grad_out_bias += fold_rows(own_grad_out.to(tl.float32), BLOCK_N // 2)
+        gated = gated.to(x_ptr.dtype.element_ty)
+        grad_v = grad_v.to(x_ptr.dtype.element_ty)
         new_value_weights = ()
         new_out_weights = ()
         for i in tl.static_range(len(CHUNKS)):
@@ -523,13 +547,15 @@ def value_gate_weights_bwd_kernel(
 
     # Worked out anew, where the compiler would keep it through the loop: the second program index
     # is always 0.
+    no_channels = tl.program_id(1) * word_of(x_ptr.dtype)
     i_split, e = program_columns(D, BLOCK_E)
-    e += tl.program_id(1)
+    e += no_channels
+    bias_partial_ptr += i_split.to(tl.int64) * (2 * D)
+    tl.store(bias_partial_ptr + e, unfolded_sum(grad_value_bias), mask=e < D)
+    tl.store(bias_partial_ptr + D + e, unfolded_sum(grad_out_bias), mask=e < D)
     weight_partial_ptr += i_split.to(tl.int64) * (2 * D * D)
     for i in tl.static_range(len(CHUNKS)):
-        d = chunk_channels(CHUNKS, i) + tl.program_id(1)
-        mask = (d < D)[:, None] & (e < D)[None, :]
-        transposed = weight_partial_ptr + e[None, :] * D + d[:, None]
-        tl.store(transposed, grad_value_weights[i], mask=mask)
-        straight = weight_partial_ptr + D * D + d[:, None] * D + e[None, :]
-        tl.store(straight, grad_out_weights[i], mask=mask)
+        d = chunk_channels(CHUNKS, i) + no_channels
+        even = chunk_even(CHUNKS, i, D)
+        store_weight(weight_partial_ptr, e, d, grad_value_weights[i].T, D, EVEN_E, even)
+        store_weight(weight_partial_ptr + D * D, d, e, grad_out_weights[i], D, even, EVEN_E)

@@ -31,6 +31,8 @@ from sep_attn.triton_kernels.tiles import (
     program_columns,
     row_offsets,
     row_slices,
+    slice_sum,
+    spread_slices,
     store_columns,
     tile_rows,
 )
@@ -98,7 +100,7 @@ def token_product_kernel(
     first_slice, slots = row_slices(tile, BANDS, GROUPS)
     if EPILOGUE == "gate":
         acc = activate(acc, ACT) * load_slice_columns(
-            slice_ptr, row_size, first_slice, slots, slices, e, D, BANDS * GROUPS, False
+            slice_ptr, row_size, first_slice, slots, slices, e, D, BANDS * GROUPS
         )
     if EPILOGUE == "pool":
         weights = load_values(weights_ptr, weights_strides, tile, UNIFORM)  # [BLOCK_N]
@@ -125,61 +127,46 @@ def gate_bwd_tile(
     grad_gated,  # [BLOCK_N, BLOCK_E]
     e,  # [BLOCK_E]
     tile,
-    grad_out_ptr,
-    grad_out_strides,
     statistics_ptr,  # [S, 2 D + 1]: pooled | context | sum of the dropped weights
-    gated_ptr,
-    gated_strides,
     grad_v_ptr,
     grad_v_strides,
-    partial_ptr,  # [tiles, SLICES + 2, D]: gradient of each context | of b_V | of b_O
+    partial_ptr,  # [tiles, ROWS, D], of which the first SLICES rows: gradient of each context
     slices,
     D: tl.constexpr,
     EVEN_E: tl.constexpr,
-    GRAD_OUT_LAYOUT: tl.constexpr,
-    GATED_LAYOUT: tl.constexpr,
     GRAD_V_LAYOUT: tl.constexpr,
     UNIFORM: tl.constexpr,
     BANDS: tl.constexpr,
     GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
     ACT: tl.constexpr,
-    UNROLL: tl.constexpr,  # inside a loop that is to be pipelined
 ):
-    # Stores dv, the tile's sums and, where they are wanted, the gated values; gives these and dv.
+    # Stores dv and the sums over each slice; gives the gated values and dv.
     SLICES: tl.constexpr = BANDS * GROUPS
-    first_slice, slots = row_slices(tile, BANDS, GROUPS)
-    context = load_slice_columns(
-        statistics_ptr + D, 2 * D + 1, first_slice, slots, slices, e, D, SLICES, UNROLL
-    )  # [BLOCK_N or 1, BLOCK_E]
+    first_slice, _ = row_slices(tile, BANDS, GROUPS)
+    i_slice = first_slice + tl.arange(0, SLICES)  # [SLICES]
+    inside = (i_slice < slices)[:, None]
+    if not EVEN_E:
+        inside = inside & (e < D)[None, :]
+    context_ptrs = statistics_ptr + D + i_slice.to(tl.int64)[:, None] * (2 * D + 1) + e[None, :]
+    context = tl.load(context_ptrs, mask=inside, other=0.0)  # [SLICES, BLOCK_E]
+    if SLICES > 1:
+        context = spread_slices(context, BANDS, GROUPS, v.shape[0])  # [BLOCK_N, BLOCK_E]
     active = activate(v, ACT)
-    if gated_ptr is not None:
-        rows = row_offsets(gated_ptr, gated_strides, tile, UNIFORM, GATED_LAYOUT)
-        gated = active * context
-        store_columns(gated_ptr, gated_strides, tile, rows, gated, e, D, EVEN_E, GATED_LAYOUT)
     grad_v = grad_gated * context
     if ACT == "relu":
         grad_v = tl.where(v <= 0.0, 0.0, grad_v)
-    stored_grad_v = grad_v.to(grad_v_ptr.dtype.element_ty)
     rows = row_offsets(grad_v_ptr, grad_v_strides, tile, UNIFORM, GRAD_V_LAYOUT)
-    store_columns(
-        grad_v_ptr, grad_v_strides, tile, rows, stored_grad_v, e, D, EVEN_E, GRAD_V_LAYOUT
-    )
+    store_columns(grad_v_ptr, grad_v_strides, tile, rows, grad_v, e, D, EVEN_E, GRAD_V_LAYOUT)
     _, i_tile, _, _, _ = tile
-    partial_ptr += i_tile.to(tl.int64) * ((SLICES + 2) * D)
-    grad_context = grad_gated * active
-    for slot in tl.static_range(SLICES):
-        own = grad_context
-        if SLICES > 1:
-            own = tl.where((slots == slot)[:, None], grad_context, 0.0)
-        tl.store(partial_ptr + slot * D + e, tl.sum(own, axis=0), mask=e < D)
-    tl.store(partial_ptr + SLICES * D + e, tl.sum(grad_v, axis=0), mask=e < D)
-    rows = row_offsets(grad_out_ptr, grad_out_strides, tile, UNIFORM, GRAD_OUT_LAYOUT)
-    grad_out = load_columns(
-        grad_out_ptr, grad_out_strides, tile, rows, e, D, EVEN_E, GRAD_OUT_LAYOUT
-    )
-    grad_bias = tl.sum(grad_out.to(tl.float32), axis=0)
-    tl.store(partial_ptr + (SLICES + 1) * D + e, grad_bias, mask=e < D)
-    return (active * context).to(grad_v_ptr.dtype.element_ty), stored_grad_v
+    i_row = i_tile.to(tl.int64) * ROWS + tl.arange(0, SLICES)  # [SLICES]
+    partial_ptrs = partial_ptr + i_row[:, None] * D + e[None, :]
+    grad_context = slice_sum(grad_gated * active, BANDS, GROUPS)  # [SLICES, BLOCK_E]
+    if EVEN_E:
+        tl.store(partial_ptrs, grad_context)
+    else:
+        tl.store(partial_ptrs, grad_context, mask=(e < D)[None, :])
+    return active * context, grad_v
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -245,31 +232,35 @@ def value_gate_bwd_kernel(
 
     if qkv_bias_ptr is not None:
         v += load_bias(qkv_bias_ptr + 1 + D, e, D)[None, :]
-    gate_bwd_tile(
+    SLICES: tl.constexpr = BANDS * GROUPS
+    gated, grad_v = gate_bwd_tile(
         v,
         grad_gated,
         e,
         tile,
-        grad_out_ptr,
-        grad_out_strides,
         statistics_ptr,
-        gated_ptr,
-        gated_strides,
         grad_v_ptr,
         grad_v_strides,
         partial_ptr,
         slices,
         D,
         EVEN_E,
-        GRAD_OUT_LAYOUT,
-        GATED_LAYOUT,
         GRAD_V_LAYOUT,
         UNIFORM,
         BANDS,
         GROUPS,
+        SLICES + 2,
         ACT,
-        False,
     )
+    if gated_ptr is not None:
+        rows = row_offsets(gated_ptr, gated_strides, tile, UNIFORM, GATED_LAYOUT)
+        store_columns(gated_ptr, gated_strides, tile, rows, gated, e, D, EVEN_E, GATED_LAYOUT)
+    own_grad_out = load_columns(
+        grad_out_ptr, grad_out_strides, tile, grad_rows, e, D, EVEN_E, GRAD_OUT_LAYOUT
+    )
+    bias_ptrs = partial_ptr + (i_tile.to(tl.int64) * (SLICES + 2) + SLICES) * D + e  # [BLOCK_E]
+    tl.store(bias_ptrs, tl.sum(grad_v, axis=0), mask=e < D)
+    tl.store(bias_ptrs + D, tl.sum(own_grad_out.to(tl.float32), axis=0), mask=e < D)
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -225,7 +225,7 @@ def sum_tiles(ptrs, mask, band_tiles, step):
 
 @triton.jit(do_not_specialize=VARYING)
 def context_bwd_kernel(
-    partial_ptr,  # [tiles, SLICES + 2, D]: gradient of each context | of b_V | of b_O
+    partial_ptr,  # [tiles, ROWS, D]: gradient of each context, and of b_V | of b_O or not
     statistics_ptr,  # [S, 2 D + 1]: pooled | context | sum of the dropped weights
     qkv_weight_ptr,  # [1 + 2 D, D]
     qkv_bias_ptr,
@@ -233,11 +233,12 @@ def context_bwd_kernel(
     grad_context_ptr,  # [S, D], where a weight wants a gradient
     grad_pooled_ptr,  # [S, D]
     slice_grads_ptr,  # [S, 2]: b_K . dc | sum over the slice of p dp
-    bias_partial_ptr,  # [programs / columns, 3, D]: gradient of b_K | of b_V | of b_O
+    bias_partial_ptr,  # [programs / columns, 1 + ROWS - SLICES, D]: gradient of b_K | b_V | b_O
     band_tiles,
     slices,
     D: tl.constexpr,
     SLICES: tl.constexpr,  # of a tile
+    ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -246,7 +247,6 @@ def context_bwd_kernel(
     # some columns of W_K. The sum of p dp is c . dc, for c is W_K xbar + sigma b_K; how the product
     # is rounded it does not feel.
     EVEN: tl.constexpr = D % BLOCK_E == 0
-    ROWS: tl.constexpr = SLICES + 2
     i_block, d = program_columns(D, BLOCK_E)  # d: [BLOCK_E]
     i_slice = i_block.to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)  # [BLOCK_S]
     inside = i_slice < slices
@@ -279,21 +279,20 @@ def context_bwd_kernel(
         tl.store(slice_grads_ptr + i_slice * 2 + 1, delta, mask=inside)
 
     if grad_context_ptr is not None:
-        # The biases have one row a tile, however many of its slices there are.
-        side = i_block.to(tl.int64) * (BLOCK_S // SLICES) + tl.arange(0, BLOCK_S // SLICES)
-        side_ptrs = partial_ptr + (side * band_tiles * ROWS + SLICES) * D
-        side_mask = (side * SLICES < slices)[:, None] & columns_inside[None, :]
         grad_context = sum_tiles(row_ptrs[:, None] + d[None, :], mask, band_tiles, ROWS * D)
-        bias_ptrs = side_ptrs[:, None] + d[None, :]
-        grad_value_bias = sum_tiles(bias_ptrs, side_mask, band_tiles, ROWS * D)
-        grad_out_bias = sum_tiles(bias_ptrs + D, side_mask, band_tiles, ROWS * D)
         tl.store(grad_context_ptr + own, grad_context, mask=mask)
         weight_sum = tl.load(slice_ptrs + 2 * D, mask=inside, other=0.0)  # [BLOCK_S]
         grad_key_bias = tl.sum(weight_sum[:, None] * grad_context, axis=0)
-        bias_partial_ptr += i_block.to(tl.int64) * (3 * D)
+        BIASES: tl.constexpr = 1 + ROWS - SLICES
+        bias_partial_ptr += i_block.to(tl.int64) * (BIASES * D)
         tl.store(bias_partial_ptr + d, grad_key_bias, mask=columns_inside)
-        tl.store(bias_partial_ptr + D + d, tl.sum(grad_value_bias, axis=0), mask=columns_inside)
-        tl.store(bias_partial_ptr + 2 * D + d, tl.sum(grad_out_bias, axis=0), mask=columns_inside)
+        # The other biases have one row a tile, however many of its slices there are.
+        side = i_block.to(tl.int64) * (BLOCK_S // SLICES) + tl.arange(0, BLOCK_S // SLICES)
+        side_mask = (side * SLICES < slices)[:, None] & columns_inside[None, :]
+        for i in tl.static_range(1, BIASES):
+            side_ptrs = partial_ptr + (side * band_tiles * ROWS + SLICES + i - 1) * D
+            grad_bias = sum_tiles(side_ptrs[:, None] + d[None, :], side_mask, band_tiles, ROWS * D)
+            tl.store(bias_partial_ptr + i * D + d, tl.sum(grad_bias, axis=0), mask=columns_inside)
 
 
 @triton.jit(do_not_specialize=VARYING)

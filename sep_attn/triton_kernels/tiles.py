@@ -88,9 +88,9 @@ def zero_chunks(CHUNKS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def tile_rows(i_tile, grid, BANDS: tl.constexpr, BLOCK_N: tl.constexpr):
+def tile_rows(i_tile, grid, BANDS: tl.constexpr, BLOCK_N: tl.constexpr, zero=0):
     bands, tokens, _, _, _, band_tiles = grid
-    i = tl.arange(0, BLOCK_N)
+    i = tl.arange(0, BLOCK_N) + zero
     if BANDS == 1:
         band = i_tile // band_tiles
         n = i_tile % band_tiles * BLOCK_N + i
@@ -270,10 +270,29 @@ def load_weight(
 
 
 @triton.jit
-def load_bias(ptr, d, D: tl.constexpr):
+def store_weight(
+    ptr,  # [.., D], contiguous
+    rows,  # [R]
+    columns,  # [C]
+    values,  # [R, C]
+    D: tl.constexpr,
+    ROWS_EVEN: tl.constexpr,
+    COLUMNS_EVEN: tl.constexpr,
+):
+    offsets = rows[:, None] * D + columns[None, :]
+    if ROWS_EVEN and COLUMNS_EVEN:
+        tl.store(ptr + offsets, values)
+    else:
+        tl.store(ptr + offsets, values, mask=(rows < D)[:, None] & (columns < D)[None, :])
+
+
+@triton.jit
+def load_bias(ptr, d, D: tl.constexpr, EVEN: tl.constexpr = False):
     # [WIDTH], in float32; 0 where there is no bias.
     if ptr is None:
         return tl.zeros(d.shape, tl.float32)
+    elif EVEN:
+        return tl.load(ptr + d).to(tl.float32)
     else:
         return tl.load(ptr + d, mask=d < D, other=0.0).to(tl.float32)
 
@@ -291,6 +310,20 @@ def slice_sum(values, BANDS: tl.constexpr, GROUPS: tl.constexpr):
         WIDTH: tl.constexpr = values.shape[1]
         sums = tl.sum(tl.reshape(values, (BANDS, ROWS, GROUPS, WIDTH)), axis=1)
         return tl.reshape(sums, (BANDS * GROUPS, WIDTH))
+
+
+@triton.jit
+def fold_rows(values, DISTANCE: tl.constexpr):
+    # [N, WIDTH] to [N / 2 DISTANCE, DISTANCE, WIDTH], the sums of rows that far apart: where one
+    # thread holds both, nothing moves.
+    FOLDS: tl.constexpr = values.shape[0] // (2 * DISTANCE)
+    return tl.sum(tl.reshape(values, (FOLDS, 2, DISTANCE, values.shape[1])), axis=1)
+
+
+@triton.jit
+def unfolded_sum(folds):
+    # [FOLDS, DISTANCE, WIDTH] to [WIDTH].
+    return tl.sum(tl.sum(folds, axis=0), axis=0)
 
 
 @triton.jit
@@ -332,7 +365,6 @@ def load_slice_columns(
     d,  # [WIDTH]
     D: tl.constexpr,
     SLICES: tl.constexpr,
-    UNROLL: tl.constexpr,  # inside a loop that is to be pipelined
 ):
     # Every row's slice, at these channels: [BLOCK_N, WIDTH], or [1, WIDTH] where all share one.
     if SLICES == 1:
@@ -340,14 +372,9 @@ def load_slice_columns(
         return tl.load(ptr + offset + d, mask=d < D, other=0.0)[None, :]
     else:
         values = tl.zeros((slots.shape[0], d.shape[0]), tl.float32)
-        if UNROLL:
-            for slot in tl.static_range(SLICES):
-                row = load_slice_row(ptr, row_size, first_slice + slot, slices, d, D)
-                values = tl.where((slots == slot)[:, None], row[None, :], values)
-        else:
-            for slot in range(0, SLICES):
-                row = load_slice_row(ptr, row_size, first_slice + slot, slices, d, D)
-                values = tl.where((slots == slot)[:, None], row[None, :], values)
+        for slot in range(0, SLICES):
+            row = load_slice_row(ptr, row_size, first_slice + slot, slices, d, D)
+            values = tl.where((slots == slot)[:, None], row[None, :], values)
         return values
 
 

@@ -101,6 +101,12 @@ def _bit_field(value: Any, first: Any, count: Any) -> Any:
     return field.astype(value.dtype)
 
 
+def _bit_insert(field: Any, value: Any, first: Any, count: Any) -> Any:
+    assert np.ndim(first) == np.ndim(count) == 0, "a field that differs from thread to thread"
+    mask = value.dtype.type((2 ** int(count) - 1) << int(first))
+    return value & ~mask | (field << value.dtype.type(int(first))) & mask
+
+
 def _logic_table(a: Any, b: Any, c: Any, table: Any) -> Any:
     result = np.zeros_like(a | b | c)
     for row in range(8):
@@ -150,13 +156,14 @@ SIMPLE: dict[str, Callable[..., Any]] = {
     "sqrt": np.sqrt,
     "rsqrt": lambda a: a.dtype.type(1) / np.sqrt(a),
     "bfe": _bit_field,
+    "bfi": _bit_insert,
     "shf.l": _funnel(True),
     "shf.r": _funnel(False),
     "lop3": _logic_table,
     "prmt": _permute,
 }
 # How many operands have the type in the name; the others have 32 bits.
-FIRST_TYPED = {"shl": 1, "shr": 1, "bfe": 1}
+FIRST_TYPED = {"shl": 1, "shr": 1, "bfe": 1, "bfi": 2}
 
 COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "eq": operator.eq,

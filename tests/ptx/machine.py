@@ -67,7 +67,8 @@ class Machine:
         self.clock = Clock()
         self.executed = 0  # instructions
         for instruction in assembly.instructions:
-            if any(part in MODIFIERS for part in instruction.parts):
+            modifiers = set(MODIFIERS) - ({"s8"} if instruction.name == "cvt" else set())
+            if modifiers.intersection(instruction.parts):
                 raise NotImplementedError(instruction.text)
         self._steps = [
             (instruction, getattr(self, f"_{instruction.name}", self._arithmetic))
@@ -223,7 +224,11 @@ class Machine:
     def _cvt(self, instruction: Instruction, active: Array | None) -> None:
         target, *sources = instruction.operands
         words = [self.get(source, instruction.parts[-1]) for source in sources]
-        self.put(target, convert(instruction.parts, *words), active)
+        value = convert(instruction.parts, *words)
+        if instruction.parts[-2] == "s8":  # its sign fills the register, here of 16 bits
+            assert target.startswith("%rs"), instruction.text
+            value = as_bits(as_type(value, "s8").astype(np.int16))
+        self.put(target, value, active)
 
     def _setp(self, instruction: Instruction, active: Array | None) -> None:
         parts, (*targets, first, second) = instruction.parts, instruction.operands
