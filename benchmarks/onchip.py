@@ -78,14 +78,14 @@ def by_columns(shape: LayerShape, config: Config, *, products: int) -> Traffic:
 
 
 def weights_at_once(shape: LayerShape, config: Config) -> Traffic:
-    """``value_gate_weights_bwd_kernel``, whose programs keep the weights and the sums, and hold
-    pieces of whole instructions."""
+    """``value_gate_weights_bwd_kernel``, whose programs keep the weights and the sums, and multiply
+    tokens piece by piece."""
     tokens, dim = shape.slices * shape.tokens, shape.dim
     tiles, blocks = math.ceil(tokens / config.tokens), math.ceil(dim / config.columns)
     values = tokens * dim * ITEMSIZE
-    width = sum(weight_rows(dim))
-    forth = operands(config.tokens, config.columns, width, config.warps)
-    back = operands(width, config.columns, config.tokens, config.warps)
+    pieces = weight_rows(dim)
+    forth = operands(config.tokens, config.columns, sum(pieces), config.warps)
+    back = sum(operands(piece, config.columns, config.tokens, config.warps) for piece in pieces)
     return Traffic((2 * blocks + 2) * values, 2 * tiles * blocks * (forth + back))
 
 

@@ -116,6 +116,10 @@ def test_what_tiles_read_again_by_hand() -> None:
     assert onchip.weight_grad(shape, Config(64, 128, 8, 3)).cache == 2 * 4 * values
     at_once = onchip.weights_at_once(LayerShape(1, 256, 128), Config(64, 32, 4, 2))
     assert at_once.cache == (2 * 4 + 2) * 256 * 128 * 2
+    # 192 channels are three pieces of 64 rows, which two groups of warps read each, and 32 columns;
+    # as for the values, of 64 tokens and 192 channels. Four tiles, three blocks, two products each.
+    pieces = onchip.weights_at_once(LayerShape(1, 256, 192), Config(64, 64, 8, 3))
+    assert pieces.operands == 4 * 3 * 2 * (192 + 3 * 64) * (2 * 64 + 64) * 2
 
 
 def test_every_launch_with_products_has_its_traffic() -> None:

@@ -207,6 +207,25 @@ def test_more_slices_a_tile_than_a_block_of_them_has(
     check_layer(separable_attention, case, torch.float32, device, backend="triton")
 
 
+def test_programs_without_tiles_add_nothing(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """A traced program splits a number of tokens that it does not know over as many programs as
+    there can be: of 34 tiles over 33 of them, 16 have none."""
+    planned = attention._value_gate_weights
+
+    def with_more(call: Any, operands: Any) -> tuple[int, int, launch.Launch]:
+        splits, parts, first = planned(call, operands)
+        first.programs += 3 * (first.programs // splits)
+        first.grid = (first.programs, 1, 1)
+        return splits + 3, parts + 3, first
+
+    monkeypatch.setattr(attention, "_value_gate_weights", with_more)
+    forget_plans()
+    check_layer(separable_attention, Case((2, 70, 72)), torch.float16, device, backend="triton")
+    forget_plans()
+
+
 @pytest.mark.parametrize(
     "arch, dtype, precision, expected",
     [

@@ -108,11 +108,11 @@ def test_compiled_kernels(target: str, dtype: str, cases: list[str], tmp_path: P
 def fused_backward_instructions(config: dict[str, Any], warps: int) -> int:
     """The instructions of one warp for a tile's four products, where none repeats what another
     does: each takes 64 rows of four warps, and 16 of the inner dimension."""
-    rows, columns = 64, 16
+    rows, depth = 64, 16
     groups = warps // 4
     pieces = weight_rows(config["D"])
-    forth = max(1, config["BLOCK_N"] // rows // groups) * (sum(pieces) // columns)
-    back = sum(max(1, piece // rows // groups) for piece in pieces) * config["BLOCK_N"] // columns
+    forth = max(1, config["BLOCK_N"] // rows // groups) * (sum(pieces) // depth)
+    back = sum(max(1, piece // rows // groups) for piece in pieces) * config["BLOCK_N"] // depth
     return 2 * (forth + back)
 
 

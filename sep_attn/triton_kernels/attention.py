@@ -44,6 +44,7 @@ from sep_attn.triton_kernels.configs import (
     architecture,
     chunk_widths,
     config_of,
+    padded_width,
     value_widths,
     weight_rows,
 )
@@ -76,8 +77,8 @@ MOST_ROOMY_CHANNELS = 384
 MOST_LONE_CHANNELS = 256
 # A tile of the softmax in the kernel for short slices, and one of W_K: at most so many rows, or
 # columns, and so many values in all programs that are to fit on a multiprocessor, a quarter
-# where an architecture has no table. Of this many stages the compiler loads a tile while it works
-# on the one before: with two it would wait for each.
+# where an architecture has no table. With three stages a tile is loaded while the one before is
+# worked on; with two a program waits for each.
 POOL_ROWS = 128
 KEY_COLUMNS = 128
 POOL_VALUES = 32768
@@ -196,10 +197,6 @@ def _options(config: Config) -> dict[str, int]:
     return options
 
 
-def _padded(channels: int) -> int:
-    return max(16, triton.next_power_of_2(channels))
-
-
 def _tiles_of(operands: Operands, grid: TokenGrid, block_tokens: int) -> dict[str, Any]:
     cut = tiling(grid, block_tokens)
     return {
@@ -218,7 +215,7 @@ def _product(
     tensors, and those of its pointers that it does not name are None."""
     config = call.config("token_product_kernel", operands.channels)
     tiles = _tiles_of(operands, operands.grid, config.tokens)
-    columns = min(config.columns, _padded(operands.channels))
+    columns = min(config.columns, padded_width(operands.channels))
     row_size = {"gate": 2 * operands.channels + 1, "pool": operands.channels}
     optional = ("bias", "slice", "weights", "grad_scores", "score_weight", "seed")
     of_tokens = ("weights", "grad_scores") if epilogue == "pool" else ()
@@ -246,7 +243,7 @@ def _product(
 
 def _depth(call: Call, channels: int) -> int:
     """Channels that a product takes at a time: 128 bytes of a row."""
-    return min(128 // call.itemsize, _padded(channels))
+    return min(128 // call.itemsize, padded_width(channels))
 
 
 class ForwardPlan(NamedTuple):
@@ -300,7 +297,7 @@ def _plan_forward(
         "splits": splits,
         "parts": parts,
         "BLOCK_S": COMBINE_ROWS,
-        "BLOCK_D": min(COMBINE_CHANNELS, _padded(channels)),
+        "BLOCK_D": min(COMBINE_CHANNELS, padded_width(channels)),
         "BLOCK_E": COMBINE_COLUMNS,
         "MOST_SPLITS": SPLIT_PROGRAMS,
         "WEIGHTS_BLOCK": WEIGHTS_BLOCK,
@@ -342,7 +339,7 @@ def _value_gate_output(call: Call, config: Config, channels: int, slices: int) -
         "VALUE_CHUNKS": value_widths(channels, slices),
         "ACT": call.act,
         "PRECISION": call.precision,
-        "BLOCK_E": min(config.columns, _padded(channels)),
+        "BLOCK_E": min(config.columns, padded_width(channels)),
         "BLOCK_K": depth if channels <= MOST_ROOMY_CHANNELS else depth // 2,
     }
 
@@ -377,7 +374,7 @@ def _slice_launch(call: Call, operands: Operands) -> Launch:
         "BANDS": cut.bands,
         "BLOCK_N": config.tokens,
         "BLOCK_P": min(config.tokens, POOL_ROWS, fitting),
-        "BLOCK_C": min(KEY_COLUMNS, _padded(channels), fitting),
+        "BLOCK_C": min(KEY_COLUMNS, padded_width(channels), fitting),
         "POOL_STAGES": POOL_STAGES if channels <= MOST_ROOMY_CHANNELS else POOL_STAGES - 1,
     }
     return Launch(fused.slice_fwd_kernel, sides, arguments, splits)
@@ -507,7 +504,7 @@ def _weight_grad(
     """Into how many parts ``a^T b`` is split, how many there is to be room for, and the launch."""
     config = call.config("weight_grad_kernel", operands.channels)
     tiles = _tiles_of(operands, operands.grid, config.tokens)
-    columns = min(config.columns, _padded(operands.channels))
+    columns = min(config.columns, padded_width(operands.channels))
     blocks = triton.cdiv(operands.channels, columns) ** 2
     most = max(1, WEIGHT_PROGRAMS // blocks)
     splits, part_tiles = split_tiles(tiles["tiles"], most)
@@ -530,7 +527,7 @@ def _value_gate_weights(call: Call, operands: Operands) -> tuple[int, int, Launc
     launch."""
     config = call.config("value_gate_weights_bwd_kernel", operands.channels)
     tiles = _tiles_of(operands, operands.grid, config.tokens)
-    block = min(config.columns, _padded(operands.channels))
+    block = min(config.columns, padded_width(operands.channels))
     columns = triton.cdiv(operands.channels, block)
     most = max(1, WEIGHT_WARPS // config.warps // columns)
     splits, part_tiles = split_tiles(tiles["tiles"], most)
@@ -546,8 +543,7 @@ def _value_gate_weights(call: Call, operands: Operands) -> tuple[int, int, Launc
         "PRECISION": call.precision,
         "BLOCK_E": block,
     }
-    names = {"bias_partial_ptr": "token_bias_partial_ptr"}
-    launch = Launch(fused.value_gate_weights_bwd_kernel, columns * splits, arguments, **names)
+    launch = Launch(fused.value_gate_weights_bwd_kernel, columns * splits, arguments)
     return splits, _most(splits, most), launch
 
 
@@ -590,7 +586,7 @@ class Parts(NamedTuple):
 
 def _sum_parts(*given: Parts) -> Launch:
     """The launch that takes up to three sums."""
-    values = sum(parts.values for parts in given)
+    values = max(parts.values for parts in given)
     rows = SUM_ROWS if values <= FEW_VALUES else SUM_ROWS // 4
     columns = SUM_VALUES // rows
     arguments: dict[str, Any] = {"BLOCK_S": rows, "BLOCK": columns}
@@ -606,14 +602,13 @@ def _sum_parts(*given: Parts) -> Launch:
     return Launch(products.sum_parts_kernel, programs, arguments, **names)
 
 
-def _partial_shape(first: Launch, at_once: bool) -> tuple[int, ...]:
-    """Of the sums that a backward pass's first launch leaves for each tile: tiles side by side,
-    tiles of a band, slices of a tile and two biases (not where it sums these ``at_once`` with the
-    weights' gradients), channels."""
+def _partial_shape(first: Launch, tile_slices: int, at_once: bool) -> tuple[int, ...]:
+    """Of the sums that a backward pass's first launch leaves for each tile: tiles side by side;
+    tiles of a band; slices of a tile and, unless ``at_once``, a row for each of b_V and b_O;
+    channels."""
     tiles = first.arguments
     sides = triton.cdiv(tiles["bands"], tiles["BANDS"])
-    rows = tiles["BANDS"] * tiles["GROUPS"] + (0 if at_once else 2)
-    return sides, tiles["band_tiles"], rows, tiles["D"]
+    return sides, tiles["band_tiles"], tile_slices + (0 if at_once else 2), tiles["D"]
 
 
 def _context(
@@ -628,7 +623,7 @@ def _context(
     _, band_tiles, rows, channels = partial_shape
     sum_tiles = not statically_known_true(band_tiles <= MOST_TILES_SUMMED)
     block_slices = max(CONTEXT_SLICES, tile_slices)
-    columns = min(CONTEXT_COLUMNS, _padded(channels))
+    columns = min(CONTEXT_COLUMNS, padded_width(channels))
     arguments = {
         "band_tiles": 1 if sum_tiles else band_tiles,
         "slices": operands.slices,
@@ -650,7 +645,7 @@ def _key_weight(call: Call, operands: Operands) -> tuple[int, int, Launch]:
     """Into how many parts the slices are split for the gradient of W_K, how many there is to be
     room for, and the launch."""
     channels, slices = operands.channels, operands.slices
-    columns = min(CONTEXT_COLUMNS, _padded(channels))
+    columns = min(CONTEXT_COLUMNS, padded_width(channels))
     blocks = triton.cdiv(channels, columns) ** 2
     most = max(1, KEY_PROGRAMS // blocks)
     splits, part_tiles = split_tiles(triton.cdiv(slices, KEY_SLICES), most)
@@ -730,8 +725,8 @@ def _plan_backward(
                 before_sums += [product, sums]
             before["weight_partial_ptr"] = parts * matrix
 
-    partial_shape = _partial_shape(first, at_once)
     tile_slices = first.arguments["BANDS"] * first.arguments["GROUPS"]
+    partial_shape = _partial_shape(first, tile_slices, at_once)
     context_launch, blocks, sum_tiles = _context(
         call, operands, partial_shape, tile_slices, need_weight_grad
     )
@@ -749,11 +744,11 @@ def _plan_backward(
         after_sums.append(product)
     if need_weight_grad:
         after["grad_context_ptr"] = slices * channels
-        bias_sums = Parts("bias_partial_ptr", blocks, channels, "grad_key_bias_ptr", channels)
-        if not at_once:  # then b_V lies beside b_K, and b_O comes after them
-            bias_sums = bias_sums._replace(
-                values=3 * channels, first_values=2 * channels, rest_ptr="grad_out_bias_ptr"
-            )
+        if at_once:
+            bias_sums = Parts("bias_partial_ptr", blocks, channels, "grad_key_bias_ptr", channels)
+        else:
+            biases = "grad_bias_ptr", 2 * channels, "grad_out_bias_ptr"
+            bias_sums = Parts("bias_partial_ptr", blocks, 3 * channels, *biases)
         after["bias_partial_ptr"] = blocks * bias_sums.values
         splits, parts, product = _key_weight(call, operands)
         after["key_partial_ptr"] = parts * matrix
@@ -780,7 +775,7 @@ def _value_gate(call: Call, operands: Operands) -> Launch:
     channels = operands.channels
     config = call.config("value_gate_bwd_kernel", channels)
     tiles = _tiles_of(operands, operands.grid, config.tokens)
-    columns = min(config.columns, _padded(channels))
+    columns = min(config.columns, padded_width(channels))
     arguments = {
         **_of_call(operands, operands.grid),
         **operands.of_tensors("grad_out", "x", gated="like", grad_v="like"),
@@ -942,13 +937,14 @@ def separable_attention_backward(
     }
     if need_weight_grad:
         rows, biases = _pieces(grad_qkv_weight, grad_qkv_bias, plan.at_once)
+        apart = "grad_key_bias_ptr", "grad_value_bias_ptr"
+        bias_names = apart if plan.at_once else ("grad_bias_ptr",)
         tensors |= {
             "grad_qkv_weight_ptr": rows[0],
             "grad_key_weight_ptr": rows[1],
             "grad_value_weight_ptr": rows[2],
             "grad_qkv_bias_ptr": biases[0],
-            "grad_key_bias_ptr": biases[1],
-            "grad_value_bias_ptr": biases[-1],
+            **dict(zip(bias_names, biases[1:], strict=True)),
             "grad_out_weight_ptr": grad_out_weight,
             "grad_out_bias_ptr": grad_out_bias,
         }

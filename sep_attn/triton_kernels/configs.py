@@ -128,7 +128,11 @@ SM_90: Mapping[str, Rows] = {
         None: (128, 256, 8, 3),
     },
     "value_gate_bwd_kernel": {None: (128, 64, 8, 3)},
-    "value_gate_weights_bwd_kernel": {192: (64, 64, 8, 3), 256: (64, 64, 8, 2)},
+    "value_gate_weights_bwd_kernel": {
+        32: (64, 32, 4, 3),
+        192: (64, 64, 8, 3),
+        256: (64, 64, 8, 2),
+    },
     "weight_grad_kernel": {None: (64, 128, 8, 3)},
     "source_bwd_kernel": {
         64: (64, 0, 4, 3),
@@ -193,6 +197,11 @@ def every_config(architectures: tuple[str, ...] | None = None) -> Iterator[Choic
                     first = first if most is None else most + 1
 
 
+def padded_width(channels: int) -> int:
+    """The least power of two that holds D channels and that a product takes."""
+    return max(16, 1 << (channels - 1).bit_length())
+
+
 @functools.cache
 def chunk_widths(channels: int) -> tuple[int, ...]:
     """Powers of two, falling, at least 16, that together hold D channels and pad them by a seventh
@@ -225,9 +234,9 @@ def value_widths(channels: int, slices: int) -> tuple[int, ...]:
 
 @functools.cache
 def weight_rows(channels: int) -> tuple[int, ...]:
-    """The pieces in which a program holds the sums of a weight's gradient: one, or three of the 64
-    rows of sm_90's tensor cores where that saves a fourth. More of them take registers for where
-    they lie."""
+    """The pieces in which a program holds the sums of a weight's gradient, and the tokens that it
+    multiplies: one, or three of the 64 rows of an instruction of sm_90's tensor cores where that
+    saves a fourth. More pieces would take registers for their addresses."""
     if 2 * WIDE_PRODUCT_ROWS < channels <= 3 * WIDE_PRODUCT_ROWS:
         return (WIDE_PRODUCT_ROWS,) * 3
-    return (max(16, 1 << (channels - 1).bit_length()),)
+    return (padded_width(channels),)

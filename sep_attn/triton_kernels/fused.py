@@ -7,8 +7,9 @@ by W_O, a few columns at a time: they do not pass through memory. Short slices r
 softmax and the context in the same launch: x is read from memory once (then from a cache) and out
 is written once. Where slices are too few for a program each, a few share one.
 
-In backward a program keeps a few columns of W_V and W_O and the sums of both gradients for them,
-and goes over tiles of x and of the output's gradient, from which it makes values and gate again.
+In backward a program keeps a few columns of W_V and W_O and the sums of both gradients, and of both
+biases', for them, and goes over tiles of x and of the output's gradient, from which it makes values
+and gate again.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from sep_attn.triton_kernels.tiles import (
     row_slices,
     store_columns,
     store_weight,
+    sum_folds,
     tile_rows,
-    unfolded_sum,
 )
 
 
@@ -416,9 +417,10 @@ def add_products(acc, chunks, weights, TRANSPOSED: tl.constexpr, PRECISION: tl.c
     # To acc the product of tokens with a weight, both in pieces.
     for i in tl.static_range(len(chunks)):
         weight = weights[i].T if TRANSPOSED else weights[i]
-        # Both branches are the same, and become one. Without them Triton sees a product that feeds
-        # a product and gives each warp whole rows: of eight warps, four would repeat 64 rows. It
-        # joins branches that have the same condition.
+        # Both branches are the same, and become one: the condition says nothing, but that it is
+        # another each time, for Triton joins branches of one condition. Without them it sees a
+        # product that feeds a product and gives each warp whole rows: of eight warps, four would
+        # repeat 64 rows.
         if tl.program_id(1) == (2 * i + 1 if TRANSPOSED else 2 * i):
             acc = tl.dot(chunks[i], weight, acc, input_precision=PRECISION)
         else:
@@ -440,7 +442,7 @@ def value_gate_weights_bwd_kernel(
     grad_v_strides,
     partial_ptr,  # [tiles, SLICES, D]: gradient of each context
     weight_partial_ptr,  # [splits, 2, D, D]: gradient of W_V | of W_O
-    bias_partial_ptr,  # [splits, 2, D]: gradient of b_V | of b_O
+    token_bias_partial_ptr,  # [splits, 2, D]: gradient of b_V | of b_O
     bands,
     tokens,
     width,
@@ -484,9 +486,12 @@ def value_gate_weights_bwd_kernel(
         zeros = tl.zeros((chunk_width(CHUNKS, i), BLOCK_E), tl.float32)
         grad_value_weights = grad_value_weights + (zeros,)
         grad_out_weights = grad_out_weights + (zeros,)
-    # Rows that a thread holds are added tile by tile, all others at the end.
+    # Rows that a thread holds are added tile by tile, all others at the end: of a product's sums it
+    # holds rows 8 apart, of what it loads rows half a tile apart or, along tokens, side by side.
+    ALONG_TOKENS: tl.constexpr = GRAD_OUT_LAYOUT == "tokens" or GRAD_OUT_LAYOUT == "tokens_wide"
+    LOADED_APART: tl.constexpr = 1 if ALONG_TOKENS else BLOCK_N // 2
     grad_value_bias = tl.zeros((BLOCK_N // 16, 8, BLOCK_E), tl.float32)
-    grad_out_bias = tl.zeros((1, BLOCK_N // 2, BLOCK_E), tl.float32)
+    grad_out_bias = tl.zeros((BLOCK_N // 2 // LOADED_APART, LOADED_APART, BLOCK_E), tl.float32)
 
     first_tile = i_split * split_tiles
     for i_step in tl.range(0, tl.minimum(split_tiles, tiles - first_tile), disable_licm=True):
@@ -530,7 +535,7 @@ def value_gate_weights_bwd_kernel(
         own_grad_out = load_columns(
             grad_out_ptr, grad_out_strides, tile, rows, columns, D, EVEN_E, GRAD_OUT_LAYOUT
         )
-        grad_out_bias += fold_rows(own_grad_out.to(tl.float32), BLOCK_N // 2)
+        grad_out_bias += fold_rows(own_grad_out.to(tl.float32), LOADED_APART)
         gated = gated.to(x_ptr.dtype.element_ty)
         grad_v = grad_v.to(x_ptr.dtype.element_ty)
         new_value_weights = ()
@@ -550,9 +555,9 @@ def value_gate_weights_bwd_kernel(
     no_channels = tl.program_id(1) * word_of(x_ptr.dtype)
     i_split, e = program_columns(D, BLOCK_E)
     e += no_channels
-    bias_partial_ptr += i_split.to(tl.int64) * (2 * D)
-    tl.store(bias_partial_ptr + e, unfolded_sum(grad_value_bias), mask=e < D)
-    tl.store(bias_partial_ptr + D + e, unfolded_sum(grad_out_bias), mask=e < D)
+    token_bias_partial_ptr += i_split.to(tl.int64) * (2 * D)
+    tl.store(token_bias_partial_ptr + e, sum_folds(grad_value_bias), mask=e < D)
+    tl.store(token_bias_partial_ptr + D + e, sum_folds(grad_out_bias), mask=e < D)
     weight_partial_ptr += i_split.to(tl.int64) * (2 * D * D)
     for i in tl.static_range(len(CHUNKS)):
         d = chunk_channels(CHUNKS, i) + no_channels

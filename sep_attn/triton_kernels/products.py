@@ -141,7 +141,7 @@ def gate_bwd_tile(
     ROWS: tl.constexpr,
     ACT: tl.constexpr,
 ):
-    # Stores dv and the sums over each slice; gives the gated values and dv.
+    # Stores dv and the sums over each slice; gives the gated values and dv, both in float32.
     SLICES: tl.constexpr = BANDS * GROUPS
     first_slice, _ = row_slices(tile, BANDS, GROUPS)
     i_slice = first_slice + tl.arange(0, SLICES)  # [SLICES]

@@ -225,7 +225,7 @@ def sum_tiles(ptrs, mask, band_tiles, step):
 
 @triton.jit(do_not_specialize=VARYING)
 def context_bwd_kernel(
-    partial_ptr,  # [tiles, ROWS, D]: gradient of each context, and of b_V | of b_O or not
+    partial_ptr,  # [tiles, ROWS, D]: gradient of each context | and, if SLICES + 2, b_V | b_O
     statistics_ptr,  # [S, 2 D + 1]: pooled | context | sum of the dropped weights
     qkv_weight_ptr,  # [1 + 2 D, D]
     qkv_bias_ptr,
@@ -238,7 +238,7 @@ def context_bwd_kernel(
     slices,
     D: tl.constexpr,
     SLICES: tl.constexpr,  # of a tile
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr,  # SLICES, or two more
     PRECISION: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,

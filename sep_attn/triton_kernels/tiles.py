@@ -89,6 +89,7 @@ def zero_chunks(CHUNKS: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def tile_rows(i_tile, grid, BANDS: tl.constexpr, BLOCK_N: tl.constexpr, zero=0):
+    # ``zero`` is 0; where the compiler does not know it, rows are worked out for each tile anew.
     bands, tokens, _, _, _, band_tiles = grid
     i = tl.arange(0, BLOCK_N) + zero
     if BANDS == 1:
@@ -321,7 +322,7 @@ def fold_rows(values, DISTANCE: tl.constexpr):
 
 
 @triton.jit
-def unfolded_sum(folds):
+def sum_folds(folds):
     # [FOLDS, DISTANCE, WIDTH] to [WIDTH].
     return tl.sum(tl.sum(folds, axis=0), axis=0)
 

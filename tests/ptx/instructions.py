@@ -103,6 +103,7 @@ def _bit_field(value: Any, first: Any, count: Any) -> Any:
 
 def _bit_insert(field: Any, value: Any, first: Any, count: Any) -> Any:
     assert np.ndim(first) == np.ndim(count) == 0, "a field that differs from thread to thread"
+    assert int(first) + int(count) <= 8 * value.dtype.itemsize, "a field beyond the word"
     mask = value.dtype.type((2 ** int(count) - 1) << int(first))
     return value & ~mask | (field << value.dtype.type(int(first))) & mask
 
