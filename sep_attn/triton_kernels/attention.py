@@ -77,8 +77,8 @@ MOST_ROOMY_CHANNELS = 384
 MOST_LONE_CHANNELS = 256
 # A tile of the softmax in the kernel for short slices, and one of W_K: at most so many rows, or
 # columns, and so many values in all programs that are to fit on a multiprocessor, a quarter
-# where an architecture has no table. With three stages a tile is loaded while the one before is
-# worked on; with two a program waits for each.
+# where an architecture has no table. With POOL_STAGES a tile is loaded while the one before is
+# worked on; with two stages a program waits for each.
 POOL_ROWS = 128
 KEY_COLUMNS = 128
 POOL_VALUES = 32768
@@ -353,6 +353,7 @@ def _slice_launch(call: Call, operands: Operands) -> Launch:
     sides = triton.cdiv(grid.bands, cut.bands)
     band_tiles = triton.cdiv(grid.tokens, rows)
     splits, part_tiles = split_tiles(band_tiles, torch.sym_max(1, SHARED_PROGRAMS // sides))
+    alone = config.programs < 2  # else one program loads while the other works
     chunks = chunk_widths(channels)
     most_values = POOL_VALUES // max(1, config.programs)
     if call.arch not in TABLES:
@@ -375,7 +376,7 @@ def _slice_launch(call: Call, operands: Operands) -> Launch:
         "BLOCK_N": config.tokens,
         "BLOCK_P": min(config.tokens, POOL_ROWS, fitting),
         "BLOCK_C": min(KEY_COLUMNS, padded_width(channels), fitting),
-        "POOL_STAGES": POOL_STAGES if channels <= MOST_ROOMY_CHANNELS else POOL_STAGES - 1,
+        "POOL_STAGES": POOL_STAGES if alone and channels <= MOST_ROOMY_CHANNELS else 2,
     }
     return Launch(fused.slice_fwd_kernel, sides, arguments, splits)
 
