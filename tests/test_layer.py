@@ -97,7 +97,11 @@ def test_every_size(case: Case, dtype: torch.dtype, backend: str, device: torch.
     check_layer(separable_attention, case, dtype, device, backend=backend)
 
 
-@pytest.mark.parametrize("case", [Case((3, 260, 40)), Case((7, 40, 136))], ids=str)
+# One for every number of stages and of pieces that the fused backward has.
+CASES_OF_SEVERAL_TILES = [Case((3, 260, 40)), Case((7, 40, 136)), Case((2, 70, 200))]
+
+
+@pytest.mark.parametrize("case", CASES_OF_SEVERAL_TILES, ids=str)
 def test_programs_of_several_tiles(
     case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -223,7 +223,6 @@ def test_programs_without_tiles_add_nothing(
     monkeypatch.setattr(attention, "_value_gate_weights", with_more)
     forget_plans()
     check_layer(separable_attention, Case((2, 70, 72)), torch.float16, device, backend="triton")
-    forget_plans()
 
 
 @pytest.mark.parametrize(
