@@ -6,6 +6,11 @@ In half precision both are products on the tensor cores (:func:`slice_context_pr
 with a query for each slice, all of them w_I. In float32, and where a pooled value is not finite,
 they are sums on the CUDA cores (:func:`slice_context`): a NaN or an infinity in a token times the
 weight 0 of another slice is not 0.
+
+What is pooled they hand about in a tuple of pairs, ``source``: pointer and strides of the tokens;
+``qkv_weight_ptr [1 + 2 D, D]`` and ``qkv_bias_ptr``; pointer and strides of the mask; the seed of
+dropout and its probability; pointer and strides of the scores, where the weights will stand.
+Pointers may be None, but those of the tokens and of the weight.
 """
 
 from __future__ import annotations
@@ -50,16 +55,7 @@ def start_pool(CHUNKS: tl.constexpr, SLICES: tl.constexpr):
 def pool_tile(
     pool,  # of start_pool
     tile,
-    source_ptr,
-    source_strides,
-    qkv_weight_ptr,  # [1 + 2 D, D]
-    qkv_bias_ptr,
-    mask_ptr,
-    mask_strides,
-    seed_ptr,
-    dropout_p,
-    scores_ptr,  # the scores, where the weights will stand
-    scores_strides,
+    source,
     stores_scores,
     D: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -70,6 +66,12 @@ def pool_tile(
 ):
     # One step of the running softmax: the tile's scores, stored where they are wanted, and its
     # tokens added to the pool.
+    tokens_at, qkv, mask, dropout, scores_at = source
+    source_ptr, source_strides = tokens_at
+    qkv_weight_ptr, qkv_bias_ptr = qkv
+    mask_ptr, _ = mask
+    seed_ptr, dropout_p = dropout
+    scores_ptr, scores_strides = scores_at
     maximum, total, dropped_total, pooled = pool
     grid, i_tile, band, n, inside = tile
     BLOCK_N: tl.constexpr = n.shape[0]
@@ -80,7 +82,7 @@ def pool_tile(
         scores += tl.sum(x[i].to(tl.float32) * score_weight[None, :], axis=1)
     if qkv_bias_ptr is not None:
         scores += tl.load(qkv_bias_ptr).to(tl.float32)
-    kept = load_kept(mask_ptr, mask_strides, tile, UNIFORM)
+    kept = load_kept(mask, tile, UNIFORM)
     if mask_ptr is not None:
         masked = ()
         for i in tl.static_range(len(CHUNKS)):
@@ -124,16 +126,8 @@ def pool_products(
     pool,  # of start_pool, of slots_of(SLICES) slices
     tile,
     first_slot,  # the slot of the tile's first slice
-    source_ptr,
-    source_strides,
+    source,
     score_weights,  # a tuple of [SLOTS, width of the chunk], every row w_I
-    qkv_bias_ptr,
-    mask_ptr,
-    mask_strides,
-    seed_ptr,
-    dropout_p,
-    scores_ptr,  # the scores, where the weights will stand
-    scores_strides,
     stores_scores,
     D: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -147,6 +141,11 @@ def pool_products(
     # tokens' sums are ``weight_scale`` times as large, and come before dropout's
     # 1 / (1 - dropout_p). A product carries a NaN or an infinity in a token, a masked one too, to
     # other slices than its own, so that all who read its channel hear of it.
+    tokens_at, qkv, mask, dropout, scores_at = source
+    source_ptr, source_strides = tokens_at
+    _, qkv_bias_ptr = qkv
+    seed_ptr, dropout_p = dropout
+    scores_ptr, scores_strides = scores_at
     maximum, total, dropped_total, pooled = pool
     _, _, band, n, inside = tile
     SLOTS: tl.constexpr = maximum.shape[0]
@@ -164,7 +163,7 @@ def pool_products(
             scores,
             mask=(slot == 0)[:, None] & (inside & stores_scores)[None, :],
         )
-    kept = load_kept(mask_ptr, mask_strides, tile, UNIFORM)
+    kept = load_kept(mask, tile, UNIFORM)
     _, slots = row_slices(tile, BANDS, GROUPS)
     own = kept[None, :] & (slots[None, :] + first_slot == slot[:, None])
     scores = tl.where(own, scores, float("-inf"))
@@ -210,14 +209,13 @@ def store_weights(
     tile,
     shift,  # [BLOCK_P]
     divisor,  # [BLOCK_P]
-    mask_ptr,
-    mask_strides,
-    weights_ptr,
-    weights_strides,
+    source,
     UNIFORM: tl.constexpr,
 ):
     # The weights in place of the scores.
-    kept = load_kept(mask_ptr, mask_strides, tile, UNIFORM)
+    _, _, mask, _, scores_at = source
+    weights_ptr, weights_strides = scores_at
+    kept = load_kept(mask, tile, UNIFORM)
     scores = load_values(weights_ptr, weights_strides, tile, UNIFORM, float("-inf"))
     # Several threads have read each score before one puts a weight in its place.
     tl.debug_barrier()
@@ -228,17 +226,8 @@ def store_weights(
 @triton.jit
 def slice_context(
     slices_of_program,  # first slice, slices of the call, whether the program stores the weights
-    source_ptr,
-    source_strides,
+    source,
     source_grid,
-    qkv_weight_ptr,  # [1 + 2 D, D]
-    qkv_bias_ptr,
-    mask_ptr,
-    mask_strides,
-    seed_ptr,
-    dropout_p,
-    weights_ptr,
-    weights_strides,
     statistics_ptr,  # [S, 2 D + 1]: pooled | context | sum of the dropped weights
     D: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -253,6 +242,10 @@ def slice_context(
 ):
     # Softmax, pool and context of a program's slices on the CUDA cores, one part of its bands after
     # the other: in float32, and where a pooled value is not finite.
+    _tokens_at, qkv, _mask, dropout, scores_at = source
+    qkv_weight_ptr, qkv_bias_ptr = qkv
+    seed_ptr, _dropout_p = dropout
+    weights_ptr, _strides = scores_at
     first_slice, slices, stores_weights = slices_of_program
     bands, tokens, width, patch_h, patch_w = source_grid
     POOL_BANDS: tl.constexpr = bands_of(BLOCK_P, BLOCK_N, BANDS)
@@ -270,16 +263,7 @@ def slice_context(
             pool = pool_tile(
                 pool,
                 tile,
-                source_ptr,
-                source_strides,
-                qkv_weight_ptr,
-                qkv_bias_ptr,
-                mask_ptr,
-                mask_strides,
-                seed_ptr,
-                dropout_p,
-                weights_ptr,
-                weights_strides,
+                source,
                 stores_weights,
                 D,
                 CHUNKS,
@@ -308,16 +292,7 @@ def slice_context(
             row_divisor = spread_slices(divisor, POOL_BANDS, GROUPS, BLOCK_P)
             for i_tile in range(0, pool_tiles):
                 tile = part_rows(first_tile + i_tile, source_grid, BANDS, POOL_BANDS, BLOCK_P)
-                store_weights(
-                    tile,
-                    shift,
-                    row_divisor,
-                    mask_ptr,
-                    mask_strides,
-                    weights_ptr,
-                    weights_strides,
-                    UNIFORM,
-                )
+                store_weights(tile, shift, row_divisor, source, UNIFORM)
 
     for first_e in tl.range(0, D, BLOCK_C, num_stages=STAGES):
         e = first_e + tl.arange(0, BLOCK_C)  # [BLOCK_C]
@@ -346,17 +321,8 @@ def slice_context(
 @triton.jit
 def slice_context_products(
     slices_of_program,  # first slice, slices of the call, whether the program stores the weights
-    source_ptr,
-    source_strides,
+    source,
     source_grid,
-    qkv_weight_ptr,  # [1 + 2 D, D]
-    qkv_bias_ptr,
-    mask_ptr,
-    mask_strides,
-    seed_ptr,
-    dropout_p,
-    weights_ptr,
-    weights_strides,
     statistics_ptr,  # [S, 2 D + 1]: pooled | context | sum of the dropped weights
     D: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -371,6 +337,11 @@ def slice_context_products(
 ):
     # The same on the tensor cores, for all of a program's slices together. Whether all is finite;
     # where it is not, nothing has been stored but scores.
+    tokens_at, qkv, _mask, dropout, scores_at = source
+    source_ptr, _strides = tokens_at
+    qkv_weight_ptr, qkv_bias_ptr = qkv
+    seed_ptr, dropout_p = dropout
+    weights_ptr, _strides = scores_at
     first_slice, slices, stores_weights = slices_of_program
     bands, tokens, width, patch_h, patch_w = source_grid
     POOL_BANDS: tl.constexpr = bands_of(BLOCK_P, BLOCK_N, BANDS)
@@ -396,16 +367,8 @@ def slice_context_products(
             pool,
             tile,
             step // pool_tiles * POOL_SLICES,
-            source_ptr,
-            source_strides,
+            source,
             score_weights,
-            qkv_bias_ptr,
-            mask_ptr,
-            mask_strides,
-            seed_ptr,
-            dropout_p,
-            weights_ptr,
-            weights_strides,
             stores_weights,
             D,
             CHUNKS,
@@ -476,10 +439,7 @@ def slice_context_products(
                     tile,
                     tl.sum(tl.where(own, shift[:, None], 0.0), axis=0),
                     tl.sum(tl.where(own, divisor[:, None], 0.0), axis=0),
-                    mask_ptr,
-                    mask_strides,
-                    weights_ptr,
-                    weights_strides,
+                    source,
                     UNIFORM,
                 )
     return finite

@@ -20,7 +20,7 @@ import triton.language as tl
 from sep_attn.triton_kernels.configs import WIDEST_PRODUCT
 from sep_attn.triton_kernels.contexts import slice_context, slice_context_products
 from sep_attn.triton_kernels.gating import activate
-from sep_attn.triton_kernels.launch import VARYING, in_words, word_of
+from sep_attn.triton_kernels.launch import VARYING, in_words, runs_along, word_of
 from sep_attn.triton_kernels.products import gate_bwd_tile
 from sep_attn.triton_kernels.tiles import (
     chunk_channels,
@@ -311,6 +311,13 @@ def slice_fwd_kernel(
         source_tokens, source_width, D, source_ptr, GROUPS, SOURCE_LAYOUT
     )
     source_grid = (bands, source_tokens, source_width, patch_h, patch_w)
+    source = (
+        (source_ptr, source_strides),
+        (qkv_weight_ptr, qkv_bias_ptr),
+        (mask_ptr, mask_strides),
+        (seed_ptr, dropout_p),
+        (weights_ptr, weights_strides),
+    )
     # Programs that share a slice each make its context, and gate a part of its tokens. What several
     # of them store is the same, bit for bit; the weights, which stand where the scores stood, only
     # the first stores.
@@ -323,17 +330,8 @@ def slice_fwd_kernel(
     if PRODUCTS:
         finite = slice_context_products(
             slices_of_program,
-            source_ptr,
-            source_strides,
+            source,
             source_grid,
-            qkv_weight_ptr,
-            qkv_bias_ptr,
-            mask_ptr,
-            mask_strides,
-            seed_ptr,
-            dropout_p,
-            weights_ptr,
-            weights_strides,
             statistics_ptr,
             D,
             CHUNKS,
@@ -350,17 +348,8 @@ def slice_fwd_kernel(
         tl.debug_barrier()
         slice_context(
             slices_of_program,
-            source_ptr,
-            source_strides,
+            source,
             source_grid,
-            qkv_weight_ptr,
-            qkv_bias_ptr,
-            mask_ptr,
-            mask_strides,
-            seed_ptr,
-            dropout_p,
-            weights_ptr,
-            weights_strides,
             statistics_ptr,
             D,
             CHUNKS,
@@ -488,7 +477,7 @@ def value_gate_weights_bwd_kernel(
         grad_out_weights = grad_out_weights + (zeros,)
     # Rows that a thread holds are added tile by tile, all others at the end: of a product's sums it
     # holds rows 8 apart, of what it loads rows half a tile apart or, along tokens, side by side.
-    ALONG_TOKENS: tl.constexpr = GRAD_OUT_LAYOUT == "tokens" or GRAD_OUT_LAYOUT == "tokens_wide"
+    ALONG_TOKENS: tl.constexpr = runs_along(GRAD_OUT_LAYOUT, "tokens")
     LOADED_APART: tl.constexpr = 1 if ALONG_TOKENS else BLOCK_N // 2
     grad_value_bias = tl.zeros((BLOCK_N // 16, 8, BLOCK_E), tl.float32)
     grad_out_bias = tl.zeros((BLOCK_N // 2 // LOADED_APART, LOADED_APART, BLOCK_E), tl.float32)

@@ -472,6 +472,12 @@ def word_of(pointer_type):
 
 
 @triton.constexpr_function
+def runs_along(layout, axis):
+    # Of memory_layout: whether this axis, "tokens" or "channels", is contiguous.
+    return layout.startswith(axis)
+
+
+@triton.constexpr_function
 def run_of(pointer_type, layout):
     # Values that surely lie side by side, from a multiple of 16 bytes on.
     return word_of(pointer_type) if layout.endswith("_wide") else 1
@@ -517,7 +523,7 @@ def tile_offsets(
 ):
     RUN: tl.constexpr = run_of(ptr.dtype, LAYOUT)
     offset = in_runs(offset, RUN)
-    if LAYOUT == "tokens" or LAYOUT == "tokens_wide":
+    if runs_along(LAYOUT, "tokens"):
         columns = offset + channels.to(tl.int64) * stride_of(strides, 5, RUN)  # [BLOCK_D]
         rows = tokens  # [BLOCK_N]
         if not UNIFORM:

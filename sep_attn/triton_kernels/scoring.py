@@ -66,6 +66,13 @@ def score_pool_fwd_kernel(
     tokens, width, _ = in_words(tokens, width, D, source_ptr, GROUPS, SOURCE_LAYOUT)
     i_band = tl.program_id(0) // splits
     i_split = tl.program_id(0) % splits
+    source = (
+        (source_ptr, source_strides),
+        (qkv_weight_ptr, qkv_bias_ptr),
+        (mask_ptr, mask_strides),
+        (seed_ptr, dropout_p),
+        (scores_ptr, scores_strides),
+    )
     pool = start_pool(CHUNKS, GROUPS)
     band_tiles = tl.cdiv(tokens, BLOCK_N)
     last = tl.minimum((i_split + 1) * split_tiles, band_tiles)
@@ -75,16 +82,7 @@ def score_pool_fwd_kernel(
         pool = pool_tile(
             pool,
             (grid, i_tile, i_band, n, n < tokens),
-            source_ptr,
-            source_strides,
-            qkv_weight_ptr,
-            qkv_bias_ptr,
-            mask_ptr,
-            mask_strides,
-            seed_ptr,
-            dropout_p,
-            scores_ptr,
-            scores_strides,
+            source,
             True,
             D,
             CHUNKS,

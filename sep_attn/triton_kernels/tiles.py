@@ -28,6 +28,7 @@ from sep_attn.triton_kernels.launch import (
     band_offset,
     in_runs,
     run_of,
+    runs_along,
     stride_of,
     token_offsets,
 )
@@ -152,8 +153,9 @@ def store_values(ptr, strides, tile, values, UNIFORM: tl.constexpr):
 
 
 @triton.jit
-def load_kept(mask_ptr, mask_strides, tile, UNIFORM: tl.constexpr):
-    # [BLOCK_N], the tokens that the mask leaves in.
+def load_kept(mask, tile, UNIFORM: tl.constexpr):
+    # [BLOCK_N], the tokens that the mask leaves in; its pointer, which may be None, and strides.
+    mask_ptr, mask_strides = mask
     _, _, _, _, inside = tile
     if mask_ptr is None:
         return inside
@@ -168,7 +170,7 @@ def row_offsets(ptr, strides, tile, UNIFORM: tl.constexpr, LAYOUT: tl.constexpr)
     grid, _, band, n, _ = tile
     _, _, width, patch_h, patch_w, _ = grid
     start = in_runs(band_offset(band, strides, patch_h, patch_w), RUN)
-    if LAYOUT == "tokens" or LAYOUT == "tokens_wide":
+    if runs_along(LAYOUT, "tokens"):
         if UNIFORM:
             return start + n
         else:
@@ -182,7 +184,7 @@ def row_offsets(ptr, strides, tile, UNIFORM: tl.constexpr, LAYOUT: tl.constexpr)
 
 @triton.jit
 def channel_offsets(ptr, strides, d, LAYOUT: tl.constexpr):
-    if LAYOUT == "channels" or LAYOUT == "channels_wide":
+    if runs_along(LAYOUT, "channels"):
         return d.to(tl.int64)
     else:
         return d.to(tl.int64) * stride_of(strides, 5, run_of(ptr.dtype, LAYOUT))
