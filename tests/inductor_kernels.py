@@ -64,7 +64,8 @@ class WrittenKernel:
         self._attributes = description["configs"][0]
         self._body = body
         if self.is_ours:
-            compiled_in = set(meta["inductor_meta"]["declared_constexpr_names"])
+            header = body[: body.index("):")]
+            compiled_in = set(re.findall(r"(\w+): ?tl\.constexpr", header))
             self._options = dict(*meta["configs"])
         else:
             compiled_in = {name for name in self.signature if name.endswith("BLOCK")}
