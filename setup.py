@@ -15,11 +15,13 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, PlatformError
 
 ROOT = Path(__file__).resolve().parent
+OLDEST_SETUPTOOLS = 77  # reads the license in pyproject.toml; pip's isolated builds have it
 SKIP_HINT = (
     "Or set SEP_ATTN_SKIP_NATIVE=1 to install without the CPU kernels: CPU tensors are then "
     "computed in plain PyTorch."
@@ -116,6 +118,11 @@ class CMakeBuild(build_ext):
         record.write_text(described)
 
 
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    raise SystemExit(
+        f"sep_attn is built with setuptools {OLDEST_SETUPTOOLS} or later, and this Python has "
+        f"{setuptools.__version__}: pip install 'setuptools>={OLDEST_SETUPTOOLS}'"
+    )
 skip_native = os.environ.get("SEP_ATTN_SKIP_NATIVE", "0") not in ("", "0")
 setup(
     ext_modules=[] if skip_native else [Extension("sep_attn._C", sources=[])],

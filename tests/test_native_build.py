@@ -350,6 +350,15 @@ def test_no_compiler_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     assert not (tmp_path / "lib").exists()
 
 
+def test_an_old_setuptools_is_an_error_that_says_what_to_do() -> None:
+    result = run_python(
+        f"import runpy, setuptools; setuptools.__version__ = '65.5.0'; "
+        f"runpy.run_path({str(ROOT / 'setup.py')!r})"
+    )
+    assert result.returncode == 1
+    assert "has 65.5.0: pip install 'setuptools>=77'" in result.stderr
+
+
 def test_a_bad_number_of_jobs_is_an_error(tmp_path: Path) -> None:
     result = run_setup(tmp_path, "build_ext", MAX_JOBS="many")
     assert result.returncode != 0
