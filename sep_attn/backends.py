@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 
 import torch
@@ -62,9 +63,21 @@ def has_memory(tensor: torch.Tensor) -> bool:
     )
 
 
+def warn(message: str) -> None:
+    """Warns at the line that called torch or this package."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in ("sep_attn", "torch")
+
+
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=5)
+    warn(message)
 
 
 @torch.compiler.assume_constant_result

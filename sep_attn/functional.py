@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from sep_attn import ops, pooled, reference, triton_kernels
+from sep_attn import native, ops, pooled, reference, triton_kernels
 from sep_attn.backends import (
     has_memory,
     is_observed,
@@ -23,6 +23,7 @@ from sep_attn.backends import (
 from sep_attn.layout import default_patch_size, token_shape
 from sep_attn.packed_weights import PackedWeights
 from sep_attn.validation import (
+    ACTIVATIONS,
     autocast_enabled,
     check_context_pool,
     check_gate,
@@ -99,7 +100,7 @@ def separable_attention(
         value_act=value_act,
         patch_size=patch_size,
         backend=backend,
-        mixed_dtypes=autocast,
+        mixed_dtypes=autocast and x.dtype != torch.float64,
     )
     source = x if x_prev is None else x_prev
     guard: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
@@ -174,7 +175,13 @@ def shortest_way(
         or an argument does not fit. :func:`separable_attention` then serves it or says what is
         wrong.
     """
-    if type(x) is not Tensor or torch.compiler.is_compiling() or is_transformed():
+    if (
+        type(x) is not Tensor
+        or torch.compiler.is_compiling()
+        or is_transformed()
+        or torch._C._get_tracing_state() is not None  # of torch.jit
+        or value_act not in ACTIVATIONS
+    ):
         return None
     try:
         qkv_weight, qkv_bias = qkv_proj["weight"], qkv_proj["bias"]
@@ -200,6 +207,8 @@ def _shortest_native_way(
     packed: PackedWeights | None,
 ) -> Tensor | None:
     """One operator checks the arguments and computes."""
+    if native.unavailable_reason() is not None:  # kernels of another version may be there
+        return None
     x, qkv_weight, _, out_weight, _ = tensors
     differentiated = torch.is_grad_enabled()
     if (packed is None and not differentiated) or torch.is_autocast_enabled("cpu"):
@@ -225,7 +234,7 @@ def _shortest_native_way(
             patch_h,
             patch_w,
         )
-    except (IndexError, ValueError):  # a rank, and the kernels' checks of shapes and dtypes
+    except (IndexError, TypeError, ValueError):  # a rank, the patch, the kernels' own checks
         return None
     except RuntimeError:  # PyTorch's own: no tensor, another device; or there are no kernels
         return None

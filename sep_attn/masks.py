@@ -47,7 +47,8 @@ def padding_from_attention_mask(mask: Any, batch: int, tokens: int, name: str) -
     Raises:
         TypeError: not a tensor, or of an integer dtype.
         ValueError: a shape that does not fit, or a mask that differs between heads or queries (as
-            causal and window masks do), or that adds anything but 0 or -inf.
+            causal and window masks do), or that adds anything but 0 or -inf. Queries for which
+            everything is left out do not count: they are padding.
     """
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
@@ -61,17 +62,22 @@ def padding_from_attention_mask(mask: Any, batch: int, tokens: int, name: str) -
             f"[{batch}, heads, {tokens}, {tokens}]"
         )
     keys = mask[(None,) * (4 - mask.dim())]  # [B or 1, heads or 1, N or 1, N or 1]
-    for axis, what in ((1, "heads"), (2, "queries")):
-        first = keys.narrow(axis, 0, 1)
-        if keys.shape[axis] > 1 and keys.stride(axis) != 0:
-            _require(
-                keys == first,
-                f"{name} differs between {what}, as causal and window masks do; separable "
-                "attention can only leave tokens out for all of them (key padding)",
-            )
-        keys = first
-    keys = keys[:, 0, 0]
+    differs = (
+        "{} differs between {}, as causal and window masks do; separable attention can only leave "
+        "tokens out for all of them (key padding)"
+    )
+    if keys.shape[1] > 1 and keys.stride(1) != 0:
+        _require(keys == keys[:, :1], differs.format(name, "heads"))
+    keys = keys[:, 0]
+    if keys.stride(1) == 0:
+        keys = keys[:, :1]
     masked = ~keys if keys.dtype == torch.bool else padding_from_additive(keys, name)
+    if masked.shape[1] > 1:
+        # Of a query that is padding itself some libraries write that it sees nothing.
+        by_all = masked.all(1, keepdim=True)
+        _require(masked == (by_all | masked.all(2, keepdim=True)), differs.format(name, "queries"))
+        masked = by_all
+    masked = masked[:, 0]
     if masked.shape[0] not in (1, batch):
         raise ValueError(f"{name} has batch {masked.shape[0]}, expected {batch}")
     return masked.expand(batch, tokens)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from sep_attn.backends import warn
+from sep_attn.children import not_plain
 from sep_attn.functional import separable_attention, shortest_way
 from sep_attn.packed_weights import PackedWeights
+from sep_attn.reference import separable_attention_of_modules
 from sep_attn.validation import (
     ACTIVATIONS,
     BACKENDS,
@@ -50,6 +53,12 @@ class SeparableAttention(nn.Module):
     Attributes:
         qkv_proj: ``nn.Linear(D, 1 + 2 D)``: row 0 the score, then the keys, then the values.
         out_proj: ``nn.Linear(D, D)``.
+        attn_drop: ``nn.Dropout`` of the softmax weights.
+        proj_drop: ``nn.Dropout`` of the output; timm's ``out_drop``.
+
+    The kernels read the parameters of the first two and the probability of the third and call none
+    of them. Where one was hooked, subclassed or replaced (by LoRA, quantisation, ...), the layer
+    calls them, in plain PyTorch, with a warning; with a backend named by hand it raises.
 
     Raises:
         TypeError, ValueError: an argument out of range; the message says what was expected.
@@ -96,12 +105,19 @@ class SeparableAttention(nn.Module):
         need_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Arguments, results and errors of :func:`sep_attn.functional.separable_attention`."""
+        modules = self._modules
+        qkv_proj, out_proj = modules["qkv_proj"], modules["out_proj"]
+        attn_drop: Any = modules["attn_drop"]
+        if reason := (
+            not_plain("qkv_proj", qkv_proj, nn.Linear)
+            or not_plain("out_proj", out_proj, nn.Linear)
+            or not_plain("attn_drop", attn_drop, nn.Dropout)
+        ):
+            return self._by_calls(reason, x, x_prev, key_padding_mask, need_weights)
         if x_prev is None and key_padding_mask is None and not need_weights:
             out = self._shortest_way(x)
             if out is not None:
                 return out
-        modules = self._modules
-        qkv_proj, out_proj = modules["qkv_proj"], modules["out_proj"]
         result = separable_attention(
             x,
             _parameter(qkv_proj, "weight"),
@@ -110,21 +126,58 @@ class SeparableAttention(nn.Module):
             _parameter(out_proj, "bias"),
             x_prev=x_prev,
             key_padding_mask=key_padding_mask,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            dropout_p=attn_drop.p if attn_drop.training else 0.0,
             value_act=self.value_act,
             patch_size=self.patch_size,
             need_weights=need_weights,
             backend=self.backend,
         )
-        if not self.training or self.proj_drop.p == 0.0:
-            return result
         if isinstance(result, tuple):
-            return self.proj_drop(result[0]), result[1]
-        return self.proj_drop(result)
+            return self._dropped(result[0]), result[1]
+        return self._dropped(result)
+
+    def _dropped(self, out: Tensor) -> Tensor:
+        proj_drop: Any = self._modules["proj_drop"]
+        if not_plain("proj_drop", proj_drop, nn.Dropout) is None and (
+            not proj_drop.training or proj_drop.p == 0.0
+        ):
+            return out
+        return cast(Tensor, proj_drop(out))
+
+    def _by_calls(
+        self,
+        reason: str,
+        x: Tensor,
+        x_prev: Tensor | None,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Equation 3 in plain PyTorch, by calls of children that the kernels must not bypass."""
+        message = f"sep_attn's kernels cannot serve this {type(self).__name__}: {reason}"
+        if self.backend in ("native", "triton"):
+            raise RuntimeError(f'{message}; undo that, or use backend="auto"')
+        if self.backend == "auto" and not torch.compiler.is_compiling():
+            warn(f"{message}; it is called, in plain PyTorch")
+        result = separable_attention_of_modules(
+            x,
+            self.qkv_proj,
+            self.out_proj,
+            self.attn_drop,
+            embed_dim=self.embed_dim,
+            x_prev=x_prev,
+            key_padding_mask=key_padding_mask,
+            value_act=self.value_act,
+            patch_size=self.patch_size,
+            need_weights=need_weights,
+        )
+        if isinstance(result, tuple):
+            return self._dropped(result[0]), result[1]
+        return self._dropped(result)
 
     def _shortest_way(self, x: Tensor) -> Tensor | None:
         modules, training = self._modules, self.training
-        if training and modules["attn_drop"].p > 0.0:
+        attn_drop = modules["attn_drop"]
+        if attn_drop.training and attn_drop.p > 0.0:
             return None
         out = shortest_way(
             x,
@@ -135,9 +188,7 @@ class SeparableAttention(nn.Module):
             self.backend,
             None if training else self._packed_weights,
         )
-        if out is None or not training or modules["proj_drop"].p == 0.0:
-            return out
-        return self.proj_drop(out)
+        return None if out is None else self._dropped(out)
 
     def train(self, mode: bool = True) -> SeparableAttention:
         """As ``nn.Module.train``; nothing packed is kept in training."""

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
+from sep_attn.backends import warn
+from sep_attn.children import not_plain, qualified_name
 from sep_attn.functional import separable_attention, shortest_way
 from sep_attn.packed_weights import PackedWeights
 from sep_attn.validation import BACKENDS, check_choice
@@ -63,7 +64,7 @@ def patch(model: nn.Module, *, backend: str = "auto") -> int:
             own_forward = own_forward.args[1]
         elif own_forward is not None:
             warnings.warn(f"sep_attn.patch replaces the forward set on {where}", stacklevel=2)
-        forward, packed = _FORWARDS[_qualified_name(base)], PackedWeights()
+        forward, packed = _FORWARDS[qualified_name(base)], PackedWeights()
         module.forward = functools.partial(forward, module, own_forward, backend, packed)
         for method, release in _RELEASING.items():
             if method not in module.__dict__ or _is_releasing(module, method):
@@ -197,7 +198,7 @@ def _step_aside(module: nn.Module, own_forward: Any, backend: str, reason: str) 
     if backend != "auto":
         raise RuntimeError(f'{message}; undo that, or patch with backend="auto"')
     if not torch.compiler.is_compiling():
-        warnings.warn(f"{message}; its own forward runs", stacklevel=3)
+        warn(f"{message}; its own forward runs")
     return own_forward or functools.partial(type(module).forward, module)
 
 
@@ -211,12 +212,8 @@ def _is_releasing(module: nn.Module, method: str) -> bool:
     return isinstance(bound, functools.partial) and bound.func is _RELEASING[method]
 
 
-def _qualified_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
 def _attention_class(module: nn.Module) -> type | None:
-    return next((c for c in type(module).__mro__ if _qualified_name(c) in _FORWARDS), None)
+    return next((c for c in type(module).__mro__ if qualified_name(c) in _FORWARDS), None)
 
 
 def _redefined(cls: type, base: type) -> str | None:
@@ -224,7 +221,7 @@ def _redefined(cls: type, base: type) -> str | None:
     for subclass in cls.__mro__[: cls.__mro__.index(base)]:
         for name in vars(subclass):
             if name == "__call__" or ("forward" in name and name in vars(base)):
-                return f"{_qualified_name(subclass)} redefines {name}"
+                return f"{qualified_name(subclass)} redefines {name}"
     return None
 
 
@@ -248,17 +245,8 @@ def _changed(module: Any) -> str | None:
 
 
 def _not_plain(name: str, child: Any, kind: type) -> str | None:
-    if type(child) is not kind and type_before_parametrizations(child) is not kind:
-        return f"{name} is a {_qualified_name(type(child))}, expected {_qualified_name(kind)}"
-    if "forward" in child.__dict__:
-        return f"{name} has a forward of its own"
-    if (
-        child._forward_hooks
-        or child._forward_pre_hooks
-        or child._backward_hooks
-        or child._backward_pre_hooks
-    ):
-        return f"{name} has hooks, which would not run"
+    if reason := not_plain(name, child, kind):
+        return reason
     if kind is nn.Conv2d:
         geometry = (child.kernel_size, child.stride, child.padding, child.groups)
         if geometry != ((1, 1), (1, 1), (0, 0), 1):

@@ -6,6 +6,8 @@ Nothing is fused, nothing is reordered; every dtype and device that PyTorch has 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,10 +21,14 @@ from sep_attn.layout import (
     token_view,
 )
 from sep_attn.validation import (
+    ACTIVATIONS,
     autocast_enabled,
+    check_channels,
+    check_choice,
     check_context_pool,
     check_gate,
     check_separable_attention,
+    check_tokens,
 )
 
 __all__ = ["context_pool", "gate", "separable_attention"]
@@ -93,15 +99,11 @@ def separable_attention(
         mixed_dtypes=isinstance(x, Tensor) and autocast_enabled(x.device.type),
     )
     source = x if x_prev is None else x_prev
-    scale = dropout_scale(source, dropout_p) if dropout_p > 0.0 else None
+    scale = None
+    if dropout_p > 0.0:
+        scale = token_view(dropout_scale(source, dropout_p), patch_h, patch_w)
 
-    tokens = slice_view(x, patch_h, patch_w)  # [B, ph, pw, NH, NW, D]
-    source_tokens = slice_view(source, patch_h, patch_w)
-    masked = None
-    if key_padding_mask is not None:
-        masked = token_view(key_padding_mask, patch_h, patch_w)  # [B, ph, pw, NH, NW]
-        source_tokens = source_tokens.masked_fill(masked[..., None], 0.0)
-
+    tokens, source_tokens, masked = _slices(x, source, key_padding_mask, patch_h, patch_w)
     dim = tokens.shape[-1]
     score_weight, key_weight, value_weight = qkv_weight.split([1, dim, dim])
     score_bias, key_bias, value_bias = (
@@ -112,15 +114,73 @@ def separable_attention(
     values = F.linear(tokens, value_weight, value_bias)
 
     weights = softmax_over_slices(scores, masked)
-    kept = weights
-    if scale is not None:
-        kept = weights * token_view(scale, patch_h, patch_w).to(weights.dtype)
-    context = (kept[..., None] * keys).sum((3, 4), keepdim=True)  # [B, ph, pw, 1, 1, D]
-    gated = activation(values, value_act) * context
-    out = merge_slices(F.linear(gated, out_weight, out_bias), x)
+    kept = weights if scale is None else weights * scale.to(weights.dtype)
+    out = merge_slices(F.linear(_gated(values, kept, keys, value_act), out_weight, out_bias), x)
     if need_weights:
         return out, merge_token_slices(weights, token_shape(source)).to(out.dtype)
     return out
+
+
+def separable_attention_of_modules(
+    x: Tensor,
+    qkv_proj: Callable[[Tensor], Tensor],
+    out_proj: Callable[[Tensor], Tensor],
+    attn_drop: Callable[[Tensor], Tensor],
+    *,
+    embed_dim: int,
+    x_prev: Tensor | None,
+    key_padding_mask: Tensor | None,
+    value_act: str,
+    patch_size: int | tuple[int, int] | None,
+    need_weights: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Equation 3 by calls of the projections and of the dropout, whatever they are.
+
+    Args:
+        qkv_proj: ``[..., D]`` to ``[..., 1 + 2 D]``: score, keys and values.
+        out_proj: ``[..., D]`` to ``[..., D]``.
+        attn_drop: of the softmax weights, one a token.
+        embed_dim: D.
+
+    All others, results and errors are those of :func:`sep_attn.functional.separable_attention`.
+    """
+    check_choice("value_act", value_act, ACTIVATIONS)
+    patch_h, patch_w = check_tokens(
+        x,
+        x_prev,
+        key_padding_mask,
+        patch_size,
+        mixed_dtypes=isinstance(x, Tensor) and autocast_enabled(x.device.type),
+    )
+    check_channels(x, embed_dim)
+    source = x if x_prev is None else x_prev
+    tokens, source_tokens, masked = _slices(x, source, key_padding_mask, patch_h, patch_w)
+    sizes = [1, embed_dim, embed_dim]
+    scores, keys, values = qkv_proj(source_tokens).split(sizes, -1)
+    if x_prev is not None or key_padding_mask is not None:
+        _, _, values = qkv_proj(tokens).split(sizes, -1)
+    weights = softmax_over_slices(scores.squeeze(-1), masked)
+    out = merge_slices(out_proj(_gated(values, attn_drop(weights), keys, value_act)), x)
+    if need_weights:
+        return out, merge_token_slices(weights, token_shape(source)).to(out.dtype)
+    return out
+
+
+def _slices(
+    x: Tensor, source: Tensor, key_padding_mask: Tensor | None, patch_h: int, patch_w: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The tokens of x and of the source, ``[B, ph, pw, NH, NW, D]``, masked ones of the source 0,
+    and the mask, ``[B, ph, pw, NH, NW]``."""
+    tokens, source_tokens = slice_view(x, patch_h, patch_w), slice_view(source, patch_h, patch_w)
+    if key_padding_mask is None:
+        return tokens, source_tokens, None
+    masked = token_view(key_padding_mask, patch_h, patch_w)
+    return tokens, source_tokens.masked_fill(masked[..., None], 0.0), masked
+
+
+def _gated(values: Tensor, weights: Tensor, keys: Tensor, value_act: str) -> Tensor:
+    context = (weights[..., None] * keys).sum((3, 4), keepdim=True)  # [B, ph, pw, 1, 1, D]
+    return activation(values, value_act) * context
 
 
 def context_pool(x: Tensor, scores: Tensor, *, key_padding_mask: Tensor | None = None) -> Tensor:

@@ -78,6 +78,11 @@ def _check_shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: s
 def _check_input(name: str, x: object) -> None:
     _check_tensor(name, x)
     assert isinstance(x, Tensor)
+    if x.is_nested or x.layout != torch.strided:
+        kind = "nested" if x.is_nested else x.layout
+        raise TypeError(
+            f"{name} must be a dense tensor, got a {kind} one; pad it and give a key_padding_mask"
+        )
     if not x.is_floating_point():
         raise TypeError(f"{name} must be a floating point tensor, got {x.dtype}")
     if x.dim() not in (3, 4):
@@ -113,12 +118,59 @@ def _check_mask(mask: object, source: Tensor, name: str) -> None:
     assert isinstance(mask, Tensor)
     if mask.dtype != torch.bool:
         raise TypeError(
-            f"key_padding_mask must be bool (True leaves a token out), got {mask.dtype}; "
-            "a mask of 0 and 1 becomes one with mask.bool()"
+            f"key_padding_mask must be bool (True leaves a token out), got {mask.dtype}; where 1 "
+            "leaves out give mask == 1, where 1 keeps, as in Hugging Face, mask == 0"
         )
     if mask.device != source.device:
         raise ValueError(f"key_padding_mask is on {mask.device} but {name} is on {source.device}")
     _check_shape("key_padding_mask", mask, token_shape(source), f"the tokens of {name}")
+
+
+def check_channels(x: Tensor, embed_dim: int) -> None:
+    if num_channels(x) != embed_dim:
+        axis = 2 if x.dim() == 3 else 1
+        raise ValueError(
+            f"x has {num_channels(x)} channels, axis {axis} of its shape {list(x.shape)}; the "
+            f"projections are for {embed_dim}"
+        )
+
+
+def check_tokens(
+    x: Tensor,
+    x_prev: Tensor | None,
+    key_padding_mask: Tensor | None,
+    patch_size: object,
+    *,
+    mixed_dtypes: bool,
+) -> tuple[int, int]:
+    """Checks what :func:`check_separable_attention` checks besides parameters and choices."""
+    pair = check_patch_size(patch_size)
+    _check_input("x", x)
+    patch_h, patch_w = _check_grid("x", x, pair)
+    source, source_name = x, "x"
+    if x_prev is not None:
+        _check_input("x_prev", x_prev)
+        _check_like("x_prev", x_prev, x, mixed_dtypes=mixed_dtypes)
+        if x_prev.dim() != x.dim():
+            raise ValueError(
+                f"x_prev has shape {list(x_prev.shape)} but x has {list(x.shape)}; "
+                "both need the same layout"
+            )
+        if x_prev.shape[0] != x.shape[0]:
+            raise ValueError(f"x_prev has batch {x_prev.shape[0]} but x has {x.shape[0]}")
+        if num_channels(x_prev) != num_channels(x):
+            raise ValueError(
+                f"x_prev has {num_channels(x_prev)} channels but x has {num_channels(x)}"
+            )
+        if _check_grid("x_prev", x_prev, pair) != (patch_h, patch_w):
+            raise ValueError(
+                f"x_prev has shape {list(x_prev.shape)} but x has {list(x.shape)}; "
+                "[B, D, P, N] needs the same P in both"
+            )
+        source, source_name = x_prev, "x_prev"
+    if key_padding_mask is not None:
+        _check_mask(key_padding_mask, source, source_name)
+    return patch_h, patch_w
 
 
 def check_separable_attention(
@@ -147,30 +199,10 @@ def check_separable_attention(
     check_choice("value_act", value_act, ACTIVATIONS)
     check_choice("backend", backend, BACKENDS)
     check_probability("dropout_p", dropout_p)
-    pair = check_patch_size(patch_size)
-    _check_input("x", x)
-    patch_h, patch_w = _check_grid("x", x, pair)
-    dim = num_channels(x)
-    source, source_name = x, "x"
-    if x_prev is not None:
-        _check_input("x_prev", x_prev)
-        _check_like("x_prev", x_prev, x, mixed_dtypes=mixed_dtypes)
-        if x_prev.dim() != x.dim():
-            raise ValueError(
-                f"x_prev has shape {list(x_prev.shape)} but x has {list(x.shape)}; "
-                "both need the same layout"
-            )
-        if x_prev.shape[0] != x.shape[0]:
-            raise ValueError(f"x_prev has batch {x_prev.shape[0]} but x has {x.shape[0]}")
-        if num_channels(x_prev) != dim:
-            raise ValueError(f"x_prev has {num_channels(x_prev)} channels but x has {dim}")
-        if _check_grid("x_prev", x_prev, pair) != (patch_h, patch_w):
-            raise ValueError(
-                f"x_prev has shape {list(x_prev.shape)} but x has {list(x.shape)}; "
-                "[B, D, P, N] needs the same P in both"
-            )
-        source, source_name = x_prev, "x_prev"
-    dtype, device = x.dtype, x.device
+    patch_h, patch_w = check_tokens(
+        x, x_prev, key_padding_mask, patch_size, mixed_dtypes=mixed_dtypes
+    )
+    dim, dtype, device = num_channels(x), x.dtype, x.device
     for name, value, shape, meaning in (
         ("qkv_weight", qkv_weight, (1 + 2 * dim, dim), "score, key and value rows, x's channels"),
         ("qkv_bias", qkv_bias, (1 + 2 * dim,), "score, keys and values"),
@@ -187,9 +219,10 @@ def check_separable_attention(
         ):
             continue
         _check_like(name, value, x, mixed_dtypes=mixed_dtypes)
+        assert value is not None
+        if value.dim() == 2 and value.shape[0] == 1 + 2 * value.shape[1]:  # x that does not fit
+            check_channels(x, value.shape[1])
         _check_shape(name, value, shape, meaning)
-    if key_padding_mask is not None:
-        _check_mask(key_padding_mask, source, source_name)
     return patch_h, patch_w
 
 

@@ -661,6 +661,11 @@ def padding_masks(keep: Tensor) -> dict[str, Tensor]:
         "rank_3": keep[:, None],
         "minus_infinity": additive[:, None, None],
         "lowest": additive.clamp(min=torch.finfo(torch.float32).min)[:, None, None],
+        # Of a query that is padding it says that it sees nothing, as timm's NaFlexViT does.
+        "symmetric": (keep[:, :, None] & keep[:, None])[:, None],
+        "symmetric_additive": torch.zeros(len(keep), 1, tokens, tokens).masked_fill(
+            ~(keep[:, :, None] & keep[:, None])[:, None], -torch.inf
+        ),
         "minus_ten_thousand": additive.clamp(min=-1e4)[:, None, None].expand(-1, 1, tokens, -1),
     }
 
@@ -682,7 +687,7 @@ def test_timm_key_padding_masks(form: str) -> None:
         keep = KEEP
     expected = SeparableAttention.forward(layer, x, key_padding_mask=~keep)
     torch.testing.assert_close(layer(x, attn_mask=mask), expected)
-    if form in ("bool_written_out", "minus_infinity"):  # whose values are looked at
+    if form in ("bool_written_out", "minus_infinity", "symmetric"):  # whose values are looked at
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x, attn_mask=mask), expected)
 

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -273,3 +274,121 @@ def test_module_to_dtype_and_back(backend: str, device: torch.device) -> None:
     expected = layer(x)
     assert layer.double()(x.double()).dtype == torch.float64
     torch.testing.assert_close(layer.float()(x), expected)
+
+
+# Children that do more than their parameters say --------------------------------------------------
+
+
+class Doubling(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class LowRank(nn.Module):
+    """A projection and a trained difference, as LoRA has it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base.out_features, bias=False)
+        self.weight, self.bias = base.weight, base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def doubled(layer: SeparableAttention) -> None:
+    plain = layer.out_proj
+    layer.out_proj = Doubling(8, 8)
+    layer.out_proj.load_state_dict(plain.state_dict())
+
+
+def hooked(layer: SeparableAttention) -> None:
+    layer.out_proj.register_forward_hook(lambda *arguments: 2 * arguments[2])
+
+
+def rebound(layer: SeparableAttention) -> None:
+    own = layer.out_proj.forward
+    layer.out_proj.forward = lambda x: 2 * own(x)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("change", [doubled, hooked, rebound])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_projection_that_was_changed_is_called(change: Any, training: bool) -> None:
+    layer, x = SeparableAttention(8).train(training), torch.randn(2, 5, 8)
+    expected = 2 * layer(x)
+    change(layer)
+    with pytest.warns(UserWarning, match="out_proj .*in plain PyTorch") as warned:
+        torch.testing.assert_close(layer(x), expected)
+    assert Path(warned[0].filename) == Path(__file__)
+    layer.backend = "reference"
+    torch.testing.assert_close(layer(x), expected)
+    layer.backend = "native"
+    with pytest.raises(RuntimeError, match=r'out_proj .*backend="auto"'):
+        layer(x)
+
+
+@pytest.mark.filterwarnings("ignore:sep_attn's kernels cannot serve")
+def test_differences_of_low_rank_are_trained() -> None:
+    layer, x = SeparableAttention(8), torch.randn(2, 8, 3, 5)
+    layer.qkv_proj = LowRank(layer.qkv_proj)  # type: ignore[assignment]
+    mask = torch.zeros(2, 3, 5, dtype=torch.bool)
+    mask[0, 1, 2:] = True
+    layer(x, x.roll(1, 0), key_padding_mask=mask).square().sum().backward()
+    with torch.no_grad():
+        proj = layer.qkv_proj
+        merged = SeparableAttention(8)
+        merged.load_state_dict(
+            {
+                "qkv_proj.weight": proj.base.weight + proj.up.weight @ proj.down.weight,
+                "qkv_proj.bias": proj.base.bias,
+                **{f"out_proj.{key}": value for key, value in layer.out_proj.state_dict().items()},
+            }
+        )
+        for arguments in ({}, {"key_padding_mask": mask}, {"x_prev": x.roll(1, 0)}):
+            own, weights = layer(x, **arguments, need_weights=True)
+            expected = merged(x, **arguments, need_weights=True)
+            torch.testing.assert_close((own, weights), expected)
+    for adapter in (layer.qkv_proj.down, layer.qkv_proj.up):
+        assert adapter.weight.grad is not None and bool(adapter.weight.grad.any())
+
+
+@pytest.mark.filterwarnings("ignore:sep_attn's kernels cannot serve")
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization:DeprecationWarning")
+def test_projections_can_be_quantised() -> None:
+    model, x = nn.Sequential(SeparableAttention(32)).eval(), torch.randn(2, 5, 32)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    torch.testing.assert_close(quantised(x), model(x), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("place", ["attn_drop", "proj_drop"])
+def test_dropout_follows_its_own_module(place: str) -> None:
+    """As in timm: Monte Carlo dropout wakes the dropouts of a model in eval."""
+    layer, x = SeparableAttention(8, **{place: 0.5}).eval(), torch.randn(2, 40, 8)
+    still = layer(x)
+    getattr(layer, place).train()
+    assert not torch.equal(layer(x), layer(x))
+    layer.train()
+    getattr(layer, place).eval()
+    torch.testing.assert_close(layer(x), still)
+
+
+@pytest.mark.filterwarnings("ignore:sep_attn's kernels cannot serve")
+@pytest.mark.parametrize("place", ["attn_drop", "proj_drop"])
+def test_dropout_can_be_taken_out(place: str) -> None:
+    layer, x = SeparableAttention(8, **{place: 0.5}), torch.randn(2, 40, 8)
+    setattr(layer, place, nn.Identity())
+    torch.testing.assert_close(layer(x), layer.eval()(x))
+
+
+def test_a_choice_made_after_construction_is_checked() -> None:
+    layer, x = SeparableAttention(8).eval(), torch.randn(2, 8, 4, 6)
+    layer.value_act = "silu"
+    with torch.no_grad(), pytest.raises(ValueError, match="value_act must be one of"):
+        layer(x)
+    layer.value_act, layer.patch_size = "relu", 2  # type: ignore[assignment]
+    with torch.no_grad():
+        square = SeparableAttention(8, patch_size=2)
+        square.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(layer(x), square.eval()(x))

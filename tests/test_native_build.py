@@ -95,6 +95,24 @@ def test_an_instruction_set_that_is_not_there_is_refused_at_import(capability: s
     assert ", ".join(_C.capabilities()) in message
 
 
+def test_refused_kernels_serve_no_call() -> None:
+    result = run_python(
+        "import torch, warnings; from sep_attn import SeparableAttention\n"
+        "from torch.profiler import profile\n"
+        "layer, x = SeparableAttention(8), torch.randn(2, 5, 8)\n"
+        "warnings.simplefilter('error')\n"
+        "for mode in (layer.train(), layer.eval()):\n"
+        "    with profile() as profiler:\n"
+        "        try: mode(x).sum().backward()\n"
+        "        except UserWarning as warning: print(warning)\n"
+        "    print(any('_native' in event.name for event in profiler.events()))\n",
+        SEP_ATTN_CPU_CAPABILITY="unheard-of",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "in plain PyTorch" in result.stdout and "unheard-of" in result.stdout
+    assert "True" not in result.stdout
+
+
 def test_a_refused_instruction_set_leaves_the_package_usable() -> None:
     code = "import sep_attn; print(sep_attn.backends.unavailable_reason('native', cpu, float32))"
     code = "from torch import device, float32; cpu = device('cpu'); " + code
