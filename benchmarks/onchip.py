@@ -21,6 +21,7 @@ from sep_attn.triton_kernels.configs import (
     WIDEST_PRODUCT,
     Config,
     config_of,
+    padded_width,
     value_widths,
     weight_rows,
 )
@@ -29,6 +30,7 @@ TARGET = "sm_90"
 ITEMSIZE = 2
 ROWS = 64  # of an instruction, which four warps give together
 GROUP = 4  # those warps
+FEWEST_ROWS = 16  # that a slice has in a tile
 
 
 class Traffic(NamedTuple):
@@ -49,11 +51,18 @@ def operands(
     return blocks * depth * (left + columns) * ITEMSIZE
 
 
+def tiles_of(shape: LayerShape, block_tokens: int) -> int:
+    """Tiles of so many rows: slices are padded each by itself, short ones lie side by side."""
+    rows = min(block_tokens, max(FEWEST_ROWS, 1 << (shape.tokens - 1).bit_length()))
+    side_by_side = block_tokens // rows
+    return math.ceil(shape.slices / side_by_side) * math.ceil(shape.tokens / rows)
+
+
 def whole_tokens(shape: LayerShape, config: Config, *, pools: bool) -> Traffic:
     """``slice_fwd_kernel``, which pools too and whose programs read W_K, and
     ``value_gate_output_fwd_kernel``."""
     tokens, dim = shape.slices * shape.tokens, shape.dim
-    tiles = math.ceil(tokens / config.tokens)
+    tiles = tiles_of(shape, config.tokens)
     programs = min(tiles, shape.slices) if pools else 0
     side_by_side = config.tokens // max(16, 1 << (shape.tokens - 1).bit_length())
     widths = value_widths(dim, max(1, side_by_side))
@@ -69,8 +78,8 @@ def by_columns(shape: LayerShape, config: Config, *, products: int) -> Traffic:
     """``token_product_kernel``, and with two products ``value_gate_bwd_kernel``, which also writes
     two tensors and reads the gradient once more."""
     tokens, dim = shape.slices * shape.tokens, shape.dim
-    columns = min(config.columns, dim)
-    tiles, blocks = math.ceil(tokens / config.tokens), math.ceil(dim / columns)
+    columns = min(config.columns, padded_width(dim))
+    tiles, blocks = tiles_of(shape, config.tokens), math.ceil(dim / columns)
     values, matrix = tokens * dim * ITEMSIZE, dim * dim * ITEMSIZE
     others = 1 if products == 1 else 3
     read = products * tiles * blocks * operands(config.tokens, columns, dim, config.warps)
@@ -81,7 +90,7 @@ def weights_at_once(shape: LayerShape, config: Config) -> Traffic:
     """``value_gate_weights_bwd_kernel``, whose programs keep the weights and the sums, and multiply
     tokens piece by piece."""
     tokens, dim = shape.slices * shape.tokens, shape.dim
-    tiles, blocks = math.ceil(tokens / config.tokens), math.ceil(dim / config.columns)
+    tiles, blocks = tiles_of(shape, config.tokens), math.ceil(dim / config.columns)
     values = tokens * dim * ITEMSIZE
     pieces = weight_rows(dim)
     forth = operands(config.tokens, config.columns, sum(pieces), config.warps)

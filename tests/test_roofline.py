@@ -16,9 +16,11 @@ WIDE = LayerShape(1, 2, 1024)
 
 def test_short_slice_reads_x_once() -> None:
     # x and out: 96 values of 2 bytes; three matrices of 64; 17 statistics a slice in float32.
-    # Products: 2 x 2 x 6 x 64; scores and pool: 2 x 2 x 6 x 8; W_K: 2 x 2 x 64.
-    forward = Work("slice_fwd_kernel", 192 + 384 + 2 * 17 * 4, 1536 + 192 + 256)
+    # Products: 2 x 2 x 6 x 64; scores and pool: 3 of 16 rows, 2 x 6 x 8 each; W_K: 2 x 2 x 64.
+    forward = Work("slice_fwd_kernel", 192 + 384 + 2 * 17 * 4, 1536 + 4608 + 256)
     assert roofline.forward_work(SMALL, 2) == [forward]
+    # In float32 they are sums.
+    assert roofline.forward_work(SMALL, 4)[0].operations == 1536 + 192 + 256
     (training,) = roofline.forward_work(SMALL, 2, keep_weights=True)
     assert training.bytes == forward.bytes + 6 * 4
 
@@ -114,6 +116,9 @@ def test_what_tiles_read_again_by_hand() -> None:
     assert both.cache == 2 * (2 * values + 2 * matrix) + 3 * values
     assert both.operands == 2 * product.operands
     assert onchip.weight_grad(shape, Config(64, 128, 8, 3)).cache == 2 * 4 * values
+    # Slices of 196 tokens are padded each by itself: two tiles of 128 rows; of 20, to 32 rows.
+    assert onchip.tiles_of(LayerShape(3, 196, 64), 128) == 6
+    assert onchip.tiles_of(LayerShape(9, 20, 64), 128) == 3
     at_once = onchip.weights_at_once(LayerShape(1, 256, 128), Config(64, 32, 4, 2))
     assert at_once.cache == (2 * 4 + 2) * 256 * 128 * 2
     # 192 channels are three pieces of 64 rows, which two groups of warps read each, and 32 columns;
