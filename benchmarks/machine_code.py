@@ -145,6 +145,27 @@ def tool(name: str, *arguments: str) -> str:
     return result.stdout
 
 
+def lone_buffers(ttgir: str) -> list[str]:
+    """Buffers that asynchronous copies fill, of which there is one only, and which tensor cores of
+    sm_90 read where they lie: the next copy could come too early."""
+    found = []
+    for buffer in re.findall(r"(%\S+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<1x", ttgir):
+        views = set(re.findall(rf"(%\S+) = ttg\.memdesc_index {re.escape(buffer)}\[", ttgir))
+        filled = any(
+            re.search(rf"async_copy_global_to_local .*{re.escape(view)}\b", ttgir) for view in views
+        )
+        for view in list(views):
+            views |= set(re.findall(rf"(%\S+) = ttg\.memdesc_trans {re.escape(view)} ", ttgir))
+        operands = {
+            operand
+            for dot in re.findall(r"warp_group_dot (%\S+), (%\S+),", ttgir)
+            for operand in dot
+        }
+        if filled and views & operands:
+            found.append(buffer)
+    return found
+
+
 def resources(compiled: Any, target: GPUTarget) -> dict[str, Any]:
     """Registers, bytes spilled, bytes of shared memory, products, in which dtype and of how many
     columns an instruction, how wide global memory is accessed, and what disturbs a product under
@@ -195,6 +216,7 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, Any]:
     found["half_products"] = bool({"f16", "bf16"} & {name.split("x")[-1] for name in operands})
     # Offsets of tiles, before any lowering: they must be 64 bits wide.
     tile = re.compile(r"tt\.addptr [^\n]*tensor<\d+x\d+x!tt\.ptr<\w+>>, tensor<\d+x\d+x(i\d+)>")
+    found["lone_buffers"] = lone_buffers(compiled.asm["ttgir"])
     found["tile_offsets"] = sorted(set(tile.findall(compiled.asm["ttir"])))
     return found
 

@@ -97,8 +97,16 @@ def test_every_size(case: Case, dtype: torch.dtype, backend: str, device: torch.
     check_layer(separable_attention, case, dtype, device, backend=backend)
 
 
-# One for every number of stages and of pieces that the fused backward has.
-CASES_OF_SEVERAL_TILES = [Case((3, 260, 40)), Case((7, 40, 136)), Case((2, 70, 200))]
+# One for every number of pieces and stages that the fused backward has, and for every way in which
+# the forward's pool reads ahead: channels side by side in memory, tokens, and many channels.
+CASES_OF_SEVERAL_TILES = [
+    Case((3, 260, 24)),
+    Case((3, 260, 40)),
+    Case((7, 40, 136)),
+    Case((2, 70, 200)),
+    Case((1, 136, 2, 260)),
+    Case((2, 150, 392)),
+]
 
 
 @pytest.mark.parametrize("case", CASES_OF_SEVERAL_TILES, ids=str)
@@ -108,7 +116,7 @@ def test_programs_of_several_tiles(
     """A loop that reads ahead must not fill what another warp still multiplies. Large calls loop:
     so does this one, with few programs a launch."""
     backend_or_skip("triton", device, torch.float16)
-    for name in ("WEIGHT_PROGRAMS", "WEIGHT_WARPS", "SPLIT_PROGRAMS"):
+    for name in ("WEIGHT_PROGRAMS", "WEIGHT_WARPS", "SPLIT_PROGRAMS", "SHORT_PROGRAMS"):
         monkeypatch.setattr(attention, name, 2)
     forget_plans()
     try:

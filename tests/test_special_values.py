@@ -212,6 +212,57 @@ def test_small_weights_are_summed_where_the_largest_has_nothing(
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "underflow"])
+def test_weights_of_zero_take_no_gradient_whatever_comes(
+    backend: str, dtype: torch.dtype, masked: bool, device: torch.device
+) -> None:
+    """The entropy of the weights: p log p has no derivative at 0."""
+    backend_or_skip(backend, device, dtype)
+    device = device_of(backend, device)
+    inputs = inputs_of(Case((3, 20, 8)), dtype, device)
+    mask = torch.zeros(3, 20, dtype=torch.bool, device=device)
+    mask[:, 15:] = masked
+    if not masked:
+        inputs["qkv_weight"][0] = 0.0
+        inputs["qkv_weight"][0, 0] = 100.0
+        inputs["x"][:, :15, 0] = 0.0
+        inputs["x"][:, 15:, 0] = -10.0
+    gradients = []
+    for own_backend in (backend, "reference"):
+        leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
+        _, weights = separable_attention(
+            **leaves, key_padding_mask=mask, need_weights=True, backend=own_backend
+        )
+        assert bool((weights[:, 15:] == 0.0).all())
+        entropy = -(weights * weights.log()).where(weights > 0.0, 0.0).sum()
+        taken = [leaves["x"], leaves["qkv_weight"]]
+        gradients.append(torch.autograd.grad(entropy, taken))
+    for own, expected in zip(*gradients, strict=True):
+        if masked:
+            assert bool(expected.isfinite().all())
+            torch.testing.assert_close(own, expected, atol=0.05, rtol=0.05)
+        assert bool(own.isfinite().all())
+
+
+def test_rows_beyond_the_tokens_add_nothing_where_values_overflow(device: torch.device) -> None:
+    """In float16 act(b_V) times the context can be infinite where act(v) times it is not."""
+    backend_or_skip("triton", device, torch.float16)
+    case = Case((1, 17, 16))
+    inputs = inputs_of(case, torch.float16, device)
+    inputs["x"][:, :, 0] = -1.0
+    inputs["qkv_weight"][17:] *= 0.01
+    inputs["qkv_weight"][17:, 0] = 300.0
+    inputs["qkv_bias"][1:] = 300.0  # of the keys too: the context is near it
+    gradients = [
+        run(separable_attention, case, {**inputs}, backend=backend)["grad_out_weight"]
+        for backend in ("triton", "reference")
+    ]
+    assert bool(gradients[0].isfinite().all())
+    torch.testing.assert_close(*gradients, atol=2.0, rtol=0.02)
+
+
 # Tokens as rows, on lanes by tokens, on lanes by rows and with a tail; every number of channels is
 # ragged, and odd ones leave a pair of channels half empty where products are of pairs.
 BFLOAT16_CASES = [

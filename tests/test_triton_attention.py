@@ -671,10 +671,11 @@ def test_tiles_hold_every_token_once(tokens: int, bands: int, groups: int) -> No
 @pytest.mark.parametrize("channels", range(1, 520, 7))
 def test_chunks_hold_all_channels_in_powers_of_two(channels: int) -> None:
     widths = configs.chunk_widths(channels)
-    assert all(width >= 16 and width & (width - 1) == 0 for width in widths)
+    assert all(width & (width - 1) == 0 for width in widths)
+    assert min(widths) >= (16 if channels <= 16 else 32)
     assert list(widths) == sorted(widths, reverse=True) and len(widths) <= 3
-    assert channels <= sum(widths)
-    assert sum(widths) <= max(16, channels + 15, 1.15 * channels) or len(widths) == 3
+    assert channels <= sum(widths) <= configs.padded_width(channels)
+    assert sum(widths) <= max(16, channels + 31, 1.15 * channels) or len(widths) == 3
 
 
 def test_every_configuration_is_listed() -> None:

@@ -125,13 +125,15 @@ def check_layer_resources(row: dict[str, Any]) -> None:
     if row["target"] != "sm_90":
         return
     assert row["spilled"] == 0
+    assert row["lone_buffers"] == []
     # Beside half precision the tensor cores take the product for W_K, of float32 in three parts.
     in_three_parts = row["kernel"] in IN_THREE_PARTS and row["itemsize"] == 2
     assert (row["hgmma"] > 0) == (row["half_products"] or in_three_parts)
     if row["hgmma_columns"]:
         # Below 64 columns an instruction reads longer than it multiplies, unless its rows lie in
-        # registers.
-        assert min(row["hgmma_columns"]) >= 32
+        # registers; scores, of 16 columns, are a small part.
+        least = 16 if row["kernel"] == "slice_fwd_kernel" else 32
+        assert min(row["hgmma_columns"]) >= least
     if row["kernel"] == "value_gate_weights_bwd_kernel" and row["config"]["D"] >= 64:
         assert row["hgmma"] == fused_backward_instructions(row["config"], row["warps"])
     if row["layouts"]:

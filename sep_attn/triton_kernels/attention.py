@@ -40,6 +40,7 @@ from sep_attn.triton_kernels.configs import (
     MOST_FUSED_BACKWARD_CHANNELS,
     MOST_FUSED_CHANNELS,
     TABLES,
+    WIDE_PRODUCT_ROWS,
     Config,
     architecture,
     chunk_widths,
@@ -70,19 +71,19 @@ SHORT_PROGRAMS = 64
 SHARED_VALUES = 2**16
 SHARED_PROGRAMS = 132
 # With more channels a tile of whole tokens leaves few registers for addresses: products take half
-# as many at a time, and the pool has a stage less.
+# as many at a time.
 MOST_ROOMY_CHANNELS = 384
 # A tile of whole tokens with more channels than this takes long: where there are fewer than
 # SHORT_PROGRAMS tiles, each is shared out among programs by its columns.
 MOST_LONE_CHANNELS = 256
 # A tile of the softmax in the kernel for short slices, and one of W_K: at most so many rows, or
 # columns, and so many values in all programs that are to fit on a multiprocessor, a quarter
-# where an architecture has no table. With POOL_STAGES a tile is loaded while the one before is
-# worked on; with two stages a program waits for each.
+# where an architecture has no table. With LONE_POOL_STAGES a tile is loaded while the one before is
+# worked on; with two a program waits for each, and another works meanwhile.
 POOL_ROWS = 128
 KEY_COLUMNS = 128
 POOL_VALUES = 32768
-POOL_STAGES = 3
+LONE_POOL_STAGES = 3
 # Long bands are split over about this many programs.
 SPLIT_PROGRAMS = 512
 COMBINE_ROWS = 128
@@ -376,7 +377,7 @@ def _slice_launch(call: Call, operands: Operands) -> Launch:
         "BLOCK_N": config.tokens,
         "BLOCK_P": min(config.tokens, POOL_ROWS, fitting),
         "BLOCK_C": min(KEY_COLUMNS, padded_width(channels), fitting),
-        "POOL_STAGES": POOL_STAGES if alone and channels <= MOST_ROOMY_CHANNELS else 2,
+        "POOL_STAGES": LONE_POOL_STAGES if alone else 2,
     }
     return Launch(fused.slice_fwd_kernel, sides, arguments, splits)
 
@@ -532,6 +533,7 @@ def _value_gate_weights(call: Call, operands: Operands) -> tuple[int, int, Launc
     columns = triton.cdiv(operands.channels, block)
     most = max(1, WEIGHT_WARPS // config.warps // columns)
     splits, part_tiles = split_tiles(tiles["tiles"], most)
+    pieces = weight_rows(operands.channels)
     arguments = {
         **_of_call(operands, operands.grid),
         **operands.of_tensors("grad_out", "x", grad_v="like"),
@@ -539,10 +541,14 @@ def _value_gate_weights(call: Call, operands: Operands) -> tuple[int, int, Launc
         **_options(config),
         "split_tiles": part_tiles,
         "slices": operands.slices,
-        "CHUNKS": weight_rows(operands.channels),
+        "CHUNKS": pieces,
         "ACT": call.act,
         "PRECISION": call.precision,
         "BLOCK_E": block,
+        # Of narrower pieces not all products are sm_90's widest, which read shared memory. Where
+        # others want tokens in registers too, Triton (3.6, 3.7.1) has a single buffer for both, and
+        # loads the next tile into it while these still read.
+        "STAGES": config.stages if min(pieces) >= WIDE_PRODUCT_ROWS else 1,
     }
     launch = Launch(fused.value_gate_weights_bwd_kernel, columns * splits, arguments)
     return splits, _most(splits, most), launch
@@ -906,7 +912,9 @@ def separable_attention_backward(
         )
     weights_delta = None
     if grad_weights is not None:
-        per_slice = token_view(weights * grad_weights, patch_h, patch_w)
+        # A weight of 0 gives no gradient, whatever comes: that of p log p is not finite.
+        felt = torch.where(weights == 0.0, 0.0, weights * grad_weights)
+        per_slice = token_view(felt, patch_h, patch_w)
         weights_delta = per_slice.sum((-2, -1), dtype=torch.float32).flatten()
     # In a traced program every result of a kernel is a tensor of its own: Inductor copies what is
     # read as well, and of two that overlap it writes one back over the other.

@@ -30,6 +30,8 @@ WHOLE_TOKEN_KERNELS = ("slice_fwd_kernel", "value_gate_output_fwd_kernel")
 # Columns of the widest product that is one instruction of a tensor core, and its rows.
 WIDEST_PRODUCT = 256
 WIDE_PRODUCT_ROWS = 64
+# Of the pieces of a tile: beside narrower ones the registers do not suffice.
+NARROWEST_PIECE = 32
 # A tile whose slices' contexts have more values makes its values in narrower pieces: both take
 # registers.
 MOST_CONTEXT_VALUES = 768
@@ -129,8 +131,7 @@ SM_90: Mapping[str, Rows] = {
     },
     "value_gate_bwd_kernel": {None: (128, 64, 8, 3)},
     "value_gate_weights_bwd_kernel": {
-        32: (64, 32, 4, 3),
-        192: (64, 64, 8, 3),
+        32: (64, 32, 4, 2),
         256: (64, 64, 8, 2),
     },
     "weight_grad_kernel": {None: (64, 128, 8, 3)},
@@ -204,18 +205,22 @@ def padded_width(channels: int) -> int:
 
 @functools.cache
 def chunk_widths(channels: int) -> tuple[int, ...]:
-    """Powers of two, falling, at least 16, that together hold D channels and pad them by a seventh
-    or less where three pieces can: a tile of tokens is held in such pieces, for a tile's sides must
-    be powers of two."""
+    """Powers of two, falling, that together hold D channels and pad them by a seventh or less where
+    three pieces of at least ``NARROWEST_PIECE`` can: a tile of tokens is held in such pieces, for a
+    tile's sides must be powers of two."""
+    least = min(NARROWEST_PIECE, padded_width(channels))
     widths: list[int] = []
     left = channels
     while left > 0:
-        width = max(16, 1 << (left.bit_length() - 1))
+        width = max(least, 1 << (left.bit_length() - 1))
         # The last piece, or one that is nearly twice as wide: round up.
         if len(widths) == 2 or (width < left and 2 * width - left <= channels // 7):
-            width = max(16, 1 << (left - 1).bit_length())
+            width = max(least, 1 << (left - 1).bit_length())
         widths.append(width)
         left -= width
+        while len(widths) > 1 and widths[-1] == widths[-2]:
+            widths[-2:] = [2 * width]
+            width *= 2
     return tuple(widths)
 
 

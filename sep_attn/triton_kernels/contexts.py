@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sep_attn.triton_kernels.launch import runs_along
 from sep_attn.triton_kernels.tiles import (
     chunk_channels,
     chunk_even,
@@ -40,6 +41,7 @@ from sep_attn.triton_kernels.tiles import (
 
 # float32's; a maximum of -inf says that no token was kept, a kept score of -inf counts as this.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+MOST_UPRIGHT_CHANNELS = tl.constexpr(256)
 
 
 @triton.jit
@@ -150,9 +152,18 @@ def pool_products(
     _, _, band, n, inside = tile
     SLOTS: tl.constexpr = maximum.shape[0]
     x = load_tokens(source_ptr, source_strides, tile, D, CHUNKS, UNIFORM, SOURCE_LAYOUT)
-    scores = tl.zeros((SLOTS, n.shape[0]), tl.float32)
-    for i in tl.static_range(len(CHUNKS)):
-        scores = tl.dot(score_weights[i], x[i].T, scores)
+    # Tokens side by side in memory are read straight into shared memory where each product has them
+    # as they lie there; with more channels that takes more registers than there are.
+    UPRIGHT: tl.constexpr = runs_along(SOURCE_LAYOUT, "tokens") and D <= MOST_UPRIGHT_CHANNELS
+    if UPRIGHT:
+        scores = tl.zeros((n.shape[0], SLOTS), tl.float32)
+        for i in tl.static_range(len(CHUNKS)):
+            scores = tl.dot(x[i], score_weights[i].T, scores)
+        scores = scores.T
+    else:
+        scores = tl.zeros((SLOTS, n.shape[0]), tl.float32)
+        for i in tl.static_range(len(CHUNKS)):
+            scores = tl.dot(score_weights[i], x[i].T, scores)
     if qkv_bias_ptr is not None:
         scores += tl.load(qkv_bias_ptr).to(tl.float32)
     slot = tl.arange(0, SLOTS)
@@ -387,7 +398,8 @@ def slice_context_products(
         if seed_ptr is None:
             dropped_total = total
         else:
-            scale = 1.0 / tl.maximum(1.0 - dropout_p, 1e-6)
+            # As draw_dropout; of a probability that float32 takes for 1, not infinity times 0.
+            scale = 1.0 / tl.maximum(1.0 - dropout_p, 2.0**-24)
         i_slice = (first_slice + slot).to(tl.int64)  # [SLOTS]
         inside = (slot < BANDS * GROUPS) & (i_slice < slices)
         row_ptrs = statistics_ptr + i_slice * (2 * D + 1)

@@ -39,6 +39,7 @@ from sep_attn.triton_kernels.tiles import (
     store_weight,
     sum_folds,
     tile_rows,
+    unknown_zero,
 )
 
 
@@ -121,16 +122,16 @@ def value_gate_output_tile(
     # Chunks whose sums fit into registers together are made in one pass over x.
     FITS: tl.constexpr = sums_fit(VALUE_CHUNKS)
     AT_ONCE: tl.constexpr = len(VALUE_CHUNKS) if FITS else 1
-    # ``zero`` and the second program index are always 0, which the compiler does not know. It then
-    # works out anew what zero was added to, where it would keep more than there are registers; does
-    # not unroll the loops, which takes registers too; and makes the gated values at once, for a
-    # branch that is never taken reads them: else it would make them where the output needs them,
-    # and keep all that they are made of until then.
+    # ``zero`` is another unknown zero. The compiler then works out anew what zero was added to,
+    # where it would keep more than there are registers; does not unroll the loops, which takes
+    # registers too; and makes the gated values at once, for a branch that is never taken reads
+    # them: else it would make them where the output needs them, and keep all that they are made of
+    # until then.
     no_channels = 0
     end = D + zero
     if len(VALUE_CHUNKS) > 1:
         no_channels = zero * word_of(x_ptr.dtype)
-        end = D + tl.program_id(1)
+        end = D + unknown_zero()
     tile = tile_rows(i_tile, grid, BANDS, BLOCK_N)
     rows = row_offsets(x_ptr, x_strides, tile, UNIFORM, X_LAYOUT)
     first_slice, slots = row_slices(tile, BANDS, GROUPS)
@@ -231,7 +232,7 @@ def value_gate_output_fwd_kernel(
     # Last tiles first: they were read last, and may still lie in the cache.
     value_gate_output_tile(
         tiles - 1 - tl.program_id(0),
-        tl.program_id(1),
+        unknown_zero(),
         x_ptr,
         x_strides,
         qkv_weight_ptr,
@@ -321,9 +322,9 @@ def slice_fwd_kernel(
     # Programs that share a slice each make its context, and gate a part of its tokens. What several
     # of them store is the same, bit for bit; the weights, which stand where the scores stood, only
     # the first stores.
-    pid = tl.program_id(0)
+    i_side = tl.program_id(0)
     i_split = tl.program_id(2) if BANDS == 1 else 0
-    first_slice = pid * SLICES
+    first_slice = i_side * SLICES
     slices_of_program = (first_slice, slices, i_split == 0)
     PRODUCTS: tl.constexpr = source_ptr.dtype.element_ty != tl.float32
     finite = False
@@ -365,13 +366,13 @@ def slice_fwd_kernel(
     tl.debug_barrier()
 
     # The tile read last is still near.
-    first_tile = pid
+    first_tile = i_side
     out_tiles = 1
     if BANDS == 1:
-        first_tile = pid * band_tiles + i_split * split_tiles
+        first_tile = i_side * band_tiles + i_split * split_tiles
         out_tiles = tl.minimum(split_tiles, band_tiles - i_split * split_tiles)
-    for i_tile in range(0, out_tiles):
-        zero = i_tile // out_tiles if BANDS == 1 else tl.program_id(1)
+    for i_tile in tl.range(0, out_tiles, disable_licm=True):
+        zero = i_tile // out_tiles if BANDS == 1 else unknown_zero()
         value_gate_output_tile(
             first_tile + out_tiles - 1 - i_tile,
             zero,
@@ -410,7 +411,7 @@ def add_products(acc, chunks, weights, TRANSPOSED: tl.constexpr, PRECISION: tl.c
         # another each time, for Triton joins branches of one condition. Without them it sees a
         # product that feeds a product and gives each warp whole rows: of eight warps, four would
         # repeat 64 rows.
-        if tl.program_id(1) == (2 * i + 1 if TRANSPOSED else 2 * i):
+        if unknown_zero() == (2 * i + 1 if TRANSPOSED else 2 * i):
             acc = tl.dot(chunks[i], weight, acc, input_precision=PRECISION)
         else:
             acc = tl.dot(chunks[i], weight, acc, input_precision=PRECISION)
@@ -453,6 +454,7 @@ def value_gate_weights_bwd_kernel(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     EVEN_E: tl.constexpr = D % BLOCK_E == 0
     tokens, width, _ = in_words(tokens, width, D, x_ptr, GROUPS, X_LAYOUT, GRAD_OUT_LAYOUT)
@@ -483,7 +485,8 @@ def value_gate_weights_bwd_kernel(
     grad_out_bias = tl.zeros((BLOCK_N // 2 // LOADED_APART, LOADED_APART, BLOCK_E), tl.float32)
 
     first_tile = i_split * split_tiles
-    for i_step in tl.range(0, tl.minimum(split_tiles, tiles - first_tile), disable_licm=True):
+    steps = tl.minimum(split_tiles, tiles - first_tile)
+    for i_step in tl.range(0, steps, num_stages=STAGES, disable_licm=True):
         # Always 0, which the compiler does not know: what it is added to is worked out for each
         # tile anew, where offsets of every row and channel would be kept.
         zero = tl.multiple_of(i_step >> 30, 16)
@@ -493,55 +496,61 @@ def value_gate_weights_bwd_kernel(
         grad_out = load_tokens(
             grad_out_ptr, grad_out_strides, tile, D, CHUNKS, UNIFORM, GRAD_OUT_LAYOUT, zero
         )
-        v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-        grad_gated = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-        grad_gated = add_products(grad_gated, grad_out, out_weights, False, PRECISION)
-        v = add_products(v, x, value_weights, True, PRECISION)
-        if qkv_bias_ptr is not None:
-            v += load_bias(qkv_bias_ptr + 1 + D, columns, D, EVEN_E)[None, :]
-        # Rows beyond the tokens hold act(b_V), but their x and gradients are 0.
-        gated, grad_v = gate_bwd_tile(
-            v,
-            grad_gated,
-            columns,
-            tile,
-            statistics_ptr,
-            grad_v_ptr,
-            grad_v_strides,
-            partial_ptr,
-            slices,
-            D,
-            EVEN_E,
-            GRAD_V_LAYOUT,
-            UNIFORM,
-            BANDS,
-            GROUPS,
-            BANDS * GROUPS,
-            ACT,
-        )
-        grad_value_bias += fold_rows(grad_v, 8)
-        rows = row_offsets(grad_out_ptr, grad_out_strides, tile, UNIFORM, GRAD_OUT_LAYOUT)
-        own_grad_out = load_columns(
-            grad_out_ptr, grad_out_strides, tile, rows, columns, D, EVEN_E, GRAD_OUT_LAYOUT
-        )
-        grad_out_bias += fold_rows(own_grad_out.to(tl.float32), LOADED_APART)
-        gated = gated.to(x_ptr.dtype.element_ty)
-        grad_v = grad_v.to(x_ptr.dtype.element_ty)
-        new_value_weights = ()
-        new_out_weights = ()
-        for i in tl.static_range(len(CHUNKS)):
-            new_value_weights = new_value_weights + (
-                tl.dot(x[i].T, grad_v, grad_value_weights[i], input_precision=PRECISION),
+        # Always taken. The compiler puts a branch after the loads for the next tile, which are then
+        # under way meanwhile, and work that is in none before them.
+        if unknown_zero() < 1:
+            v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+            grad_gated = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+            grad_gated = add_products(grad_gated, grad_out, out_weights, False, PRECISION)
+            v = add_products(v, x, value_weights, True, PRECISION)
+            if qkv_bias_ptr is not None:
+                v += load_bias(qkv_bias_ptr + 1 + D, columns, D, EVEN_E)[None, :]
+            # Rows beyond the tokens hold act(b_V), but their x and gradients are 0.
+            gated, grad_v = gate_bwd_tile(
+                v,
+                grad_gated,
+                columns,
+                tile,
+                statistics_ptr,
+                grad_v_ptr,
+                grad_v_strides,
+                partial_ptr,
+                slices,
+                D,
+                EVEN_E,
+                GRAD_V_LAYOUT,
+                UNIFORM,
+                BANDS,
+                GROUPS,
+                BANDS * GROUPS,
+                ACT,
             )
-            new_out_weights = new_out_weights + (
-                tl.dot(grad_out[i].T, gated, grad_out_weights[i], input_precision=PRECISION),
+            grad_value_bias += fold_rows(grad_v, 8)
+            rows = row_offsets(grad_out_ptr, grad_out_strides, tile, UNIFORM, GRAD_OUT_LAYOUT)
+            own_grad_out = load_columns(
+                grad_out_ptr, grad_out_strides, tile, rows, columns, D, EVEN_E, GRAD_OUT_LAYOUT
             )
-        grad_value_weights = new_value_weights
-        grad_out_weights = new_out_weights
+            grad_out_bias += fold_rows(own_grad_out.to(tl.float32), LOADED_APART)
+            if x_ptr.dtype.element_ty == tl.float16:
+                # What those rows hold may be infinite there, and infinity times 0 is not 0.
+                _grid, _i_tile, _band, _n, inside = tile
+                gated = tl.where(inside[:, None], gated, 0.0)
+            gated = gated.to(x_ptr.dtype.element_ty)
+            grad_v = grad_v.to(x_ptr.dtype.element_ty)
+            new_value_weights = ()
+            new_out_weights = ()
+            for i in tl.static_range(len(CHUNKS)):
+                new_value_weights = new_value_weights + (
+                    tl.dot(x[i].T, grad_v, grad_value_weights[i], input_precision=PRECISION),
+                )
+                new_out_weights = new_out_weights + (
+                    tl.dot(grad_out[i].T, gated, grad_out_weights[i], input_precision=PRECISION),
+                )
+            grad_value_weights = new_value_weights
+            grad_out_weights = new_out_weights
 
-    # Worked out anew, where the compiler would keep it through the loop: the second program index
-    # is always 0.
-    no_channels = tl.program_id(1) * word_of(x_ptr.dtype)
+    # Worked out anew, where the compiler would keep it through the loop.
+    no_channels = unknown_zero() * word_of(x_ptr.dtype)
     i_split, e = program_columns(D, BLOCK_E)
     e += no_channels
     token_bias_partial_ptr += i_split.to(tl.int64) * (2 * D)

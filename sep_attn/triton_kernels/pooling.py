@@ -38,7 +38,8 @@ from sep_attn.triton_kernels.launch import (
     token_offsets,
 )
 
-# Tokens whose weights a program normalises at a time.
+# Tokens whose weights a program normalises at a time: at least one for each of its threads, so that
+# where weights take the place of scores the thread that stores one has read the other.
 WEIGHTS_BLOCK = 1024
 
 

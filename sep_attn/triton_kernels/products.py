@@ -35,6 +35,7 @@ from sep_attn.triton_kernels.tiles import (
     spread_slices,
     store_columns,
     tile_rows,
+    unknown_zero,
 )
 
 
@@ -107,9 +108,8 @@ def token_product_kernel(
         if seed_ptr is not None:
             _, _, band, n, _ = tile
             weights *= draw_dropout(seed_ptr, dropout_p, band, n)
-        # The second program index is always 0, which the compiler does not know: unrolled, the loop
-        # would take more registers than there are.
-        for slot in range(0, BANDS * GROUPS + tl.program_id(1)):
+        # Unrolled, the loop would take more registers than there are.
+        for slot in range(0, BANDS * GROUPS + unknown_zero()):
             row = load_slice_row(slice_ptr, row_size, first_slice + slot, slices, e, D)
             felt = (slots == slot) & (weights != 0.0)  # a weight of 0 lets no NaN through
             acc += tl.where(felt[:, None], weights[:, None] * row[None, :], 0.0)

@@ -32,6 +32,7 @@ from sep_attn.triton_kernels.tiles import (
     store_columns,
     store_values,
     tile_rows,
+    unknown_zero,
     zero_chunks,
 )
 
@@ -254,9 +255,8 @@ def context_bwd_kernel(
     grad_pooled = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
     bias_grad = tl.zeros((BLOCK_S,), tl.float32)
     delta = tl.zeros((BLOCK_S,), tl.float32)
-    # The second program index is always 0, which the compiler does not know: unrolled, the loop
-    # would take more registers than there are.
-    for first_e in range(0, D + tl.program_id(1), BLOCK_E):
+    # Unrolled, the loop would take more registers than there are.
+    for first_e in range(0, D + unknown_zero(), BLOCK_E):
         e = first_e + tl.arange(0, BLOCK_E)  # [BLOCK_E]
         mask = inside[:, None] & (e < D)[None, :]
         grad_context = sum_tiles(row_ptrs[:, None] + e[None, :], mask, band_tiles, ROWS * D)

@@ -59,6 +59,12 @@ def tiling(grid: TokenGrid, block_tokens: int) -> Tiling:
     return Tiling(tiles, band_tiles, bands, bands * grid.groups)
 
 
+@triton.jit
+def unknown_zero():
+    # 0, which the compiler does not know: no launch has a second program in this direction.
+    return tl.program_id(1)
+
+
 @triton.constexpr_function
 def chunk_width(chunks, i):
     return chunks[i]
