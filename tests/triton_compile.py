@@ -147,6 +147,8 @@ def compile_cases(
                 continue
             seen.add(launch)
             constexprs = launch.constexprs
+            compiled = compile_launch(launch, target)
+            loop = compiled.asm["ttgir"].partition("scf.for")[2]
             layouts = {k: value for k, value in constexprs.items() if k.endswith("LAYOUT")}
             yield {
                 "target": target_name,
@@ -162,7 +164,9 @@ def compile_cases(
                 "warps": launch.options["num_warps"],
                 "stages": launch.options["num_stages"],
                 "itemsize": case.dtype.itemsize,
-                **resources(compile_launch(launch, target), target),
+                # In the first loop, whether the next tile is asked for before this one's products.
+                "loads_ahead": 0 < loop.find("async_copy") < loop.find("warp_group_dot "),
+                **resources(compiled, target),
             }
 
 

@@ -79,7 +79,8 @@ MOST_LONE_CHANNELS = 256
 # A tile of the softmax in the kernel for short slices, and one of W_K: at most so many rows, or
 # columns, and so many values in all programs that are to fit on a multiprocessor, a quarter
 # where an architecture has no table. With LONE_POOL_STAGES a tile is loaded while the one before is
-# worked on; with two a program waits for each, and another works meanwhile.
+# worked on (not where tokens are contiguous: such a tile passes through registers); with two a
+# program waits for each, and another works meanwhile.
 POOL_ROWS = 128
 KEY_COLUMNS = 128
 POOL_VALUES = 32768

@@ -18,7 +18,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sep_attn.triton_kernels.launch import runs_along
 from sep_attn.triton_kernels.tiles import (
     chunk_channels,
     chunk_even,
@@ -41,7 +40,6 @@ from sep_attn.triton_kernels.tiles import (
 
 # float32's; a maximum of -inf says that no token was kept, a kept score of -inf counts as this.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-MOST_UPRIGHT_CHANNELS = tl.constexpr(256)
 
 
 @triton.jit
@@ -152,18 +150,9 @@ def pool_products(
     _, _, band, n, inside = tile
     SLOTS: tl.constexpr = maximum.shape[0]
     x = load_tokens(source_ptr, source_strides, tile, D, CHUNKS, UNIFORM, SOURCE_LAYOUT)
-    # Tokens side by side in memory are read straight into shared memory where each product has them
-    # as they lie there; with more channels that takes more registers than there are.
-    UPRIGHT: tl.constexpr = runs_along(SOURCE_LAYOUT, "tokens") and D <= MOST_UPRIGHT_CHANNELS
-    if UPRIGHT:
-        scores = tl.zeros((n.shape[0], SLOTS), tl.float32)
-        for i in tl.static_range(len(CHUNKS)):
-            scores = tl.dot(x[i], score_weights[i].T, scores)
-        scores = scores.T
-    else:
-        scores = tl.zeros((SLOTS, n.shape[0]), tl.float32)
-        for i in tl.static_range(len(CHUNKS)):
-            scores = tl.dot(score_weights[i], x[i].T, scores)
+    scores = tl.zeros((SLOTS, n.shape[0]), tl.float32)
+    for i in tl.static_range(len(CHUNKS)):
+        scores = tl.dot(score_weights[i], x[i].T, scores)
     if qkv_bias_ptr is not None:
         scores += tl.load(qkv_bias_ptr).to(tl.float32)
     slot = tl.arange(0, SLOTS)
