@@ -205,9 +205,9 @@ def padded_width(channels: int) -> int:
 
 @functools.cache
 def chunk_widths(channels: int) -> tuple[int, ...]:
-    """Powers of two, falling, that together hold D channels and pad them by a seventh or less where
-    three pieces of at least ``NARROWEST_PIECE`` can: a tile of tokens is held in such pieces, for a
-    tile's sides must be powers of two."""
+    """Powers of two, falling, that together hold D channels: a tile of tokens is held in such
+    pieces, for a tile's sides must be powers of two. At most three, of at least
+    ``NARROWEST_PIECE``; where these can they pad D by a seventh or less."""
     least = min(NARROWEST_PIECE, padded_width(channels))
     widths: list[int] = []
     left = channels
@@ -218,10 +218,19 @@ def chunk_widths(channels: int) -> tuple[int, ...]:
             width = max(least, 1 << (left - 1).bit_length())
         widths.append(width)
         left -= width
-        while len(widths) > 1 and widths[-1] == widths[-2]:
-            widths[-2:] = [2 * width]
-            width *= 2
+    join_equal(widths)
+    # In a piece of 32 that is not full, beside one of 128 or more, Triton 3.6.0's LLVM mistakes one
+    # channel for another.
+    if widths[-1] == 32 and sum(widths) > channels > 128:
+        widths[-1] = 64
+        join_equal(widths)
     return tuple(widths)
+
+
+def join_equal(widths: list[int]) -> None:
+    """Makes one of the last two, as long as they are equal."""
+    while len(widths) > 1 and widths[-1] == widths[-2]:
+        widths[-2:] = [2 * widths[-1]]
 
 
 @functools.cache
