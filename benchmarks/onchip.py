@@ -51,10 +51,14 @@ def operands(
     return blocks * depth * (left + columns) * ITEMSIZE
 
 
+def slices_side_by_side(shape: LayerShape, block_tokens: int) -> int:
+    """Of a tile of so many rows, where each slice is padded by itself."""
+    return max(1, block_tokens // max(FEWEST_ROWS, 1 << (shape.tokens - 1).bit_length()))
+
+
 def tiles_of(shape: LayerShape, block_tokens: int) -> int:
-    """Tiles of so many rows: slices are padded each by itself, short ones lie side by side."""
-    rows = min(block_tokens, max(FEWEST_ROWS, 1 << (shape.tokens - 1).bit_length()))
-    side_by_side = block_tokens // rows
+    side_by_side = slices_side_by_side(shape, block_tokens)
+    rows = block_tokens // side_by_side
     return math.ceil(shape.slices / side_by_side) * math.ceil(shape.tokens / rows)
 
 
@@ -64,8 +68,7 @@ def whole_tokens(shape: LayerShape, config: Config, *, pools: bool) -> Traffic:
     tokens, dim = shape.slices * shape.tokens, shape.dim
     tiles = tiles_of(shape, config.tokens)
     programs = min(tiles, shape.slices) if pools else 0
-    side_by_side = config.tokens // max(16, 1 << (shape.tokens - 1).bit_length())
-    widths = value_widths(dim, max(1, side_by_side))
+    widths = value_widths(dim, slices_side_by_side(shape, config.tokens))
     values = tokens * dim * ITEMSIZE
     weights = (2 * tiles + programs) * dim * dim * ITEMSIZE
     read = sum(operands(config.tokens, width, dim, config.warps) for width in widths)

@@ -15,18 +15,6 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def is_plain(child: Any, kind: type) -> bool:
-    """Whether :func:`not_plain` has nothing to say, soon; a parametrised child is left to it."""
-    state = child.__dict__
-    return type(child) is kind and not (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    )
-
-
 def not_plain(name: str, child: Any, kind: type) -> str | None:
     """Why the child of this name must be called; None where it is a plain ``kind``, perhaps
     parametrised."""

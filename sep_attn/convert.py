@@ -21,6 +21,7 @@ from sep_attn.adapters import (
     MobileViTSeparableAttention,
     TimmSeparableAttention,
 )
+from sep_attn.children import qualified_name
 from sep_attn.initialization import FROM_MHA, INITS, MultiHeadWeights, initialize
 from sep_attn.module import SeparableAttention
 from sep_attn.multihead import SeparableMultiheadAttention
@@ -75,7 +76,7 @@ def convert(
     check_choice("value_act", value_act, ACTIVATIONS)
     check_choice("backend", backend, BACKENDS)
 
-    wrapper = next((m for m in model.modules() if _qualified_name(type(m)) in _WRAPPERS), None)
+    wrapper = next((m for m in model.modules() if qualified_name(type(m)) in _WRAPPERS), None)
     if wrapper is not None:
         raise ValueError(
             f"the parameters are held by a {type(wrapper).__name__}: convert before wrapping"
@@ -120,7 +121,7 @@ class _Layer:
     family: _Family | None
 
     def __str__(self) -> str:
-        return f"{self.name or 'the model'} ({_qualified_name(type(self.module))})"
+        return f"{self.name or 'the model'} ({qualified_name(type(self.module))})"
 
 
 # The families ------------------------------------------------------------------------------------
@@ -303,17 +304,13 @@ _WRAPPERS = (
 )
 
 
-def _qualified_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
 def _is_separable(module: nn.Module) -> bool:
-    names = {_qualified_name(cls) for cls in type(module).__mro__}
+    names = {qualified_name(cls) for cls in type(module).__mro__}
     return isinstance(module, SeparableAttention) or not names.isdisjoint(_SEPARABLE_ALREADY)
 
 
 def _family_class(module: nn.Module) -> type | None:
-    return next((cls for cls in type(module).__mro__ if _qualified_name(cls) in _FAMILIES), None)
+    return next((cls for cls in type(module).__mro__ if qualified_name(cls) in _FAMILIES), None)
 
 
 def _walk(
@@ -325,14 +322,14 @@ def _walk(
     seen.add(id(module))
     cls = _family_class(module)
     if cls is not None:
-        yield _Layer(name, module, parent, _FAMILIES[_qualified_name(cls)])
+        yield _Layer(name, module, parent, _FAMILIES[qualified_name(cls)])
         return
     inner = [
         layer
         for child_name, child in module.named_children()
         for layer in _walk(child, f"{name}.{child_name}" if name else child_name, module, seen)
     ]
-    unknown = _qualified_name(type(module)) in _OTHER_ATTENTION or (
+    unknown = qualified_name(type(module)) in _OTHER_ATTENTION or (
         _LOOKS_LIKE_ATTENTION.search(type(module).__name__) is not None
         and any(True for _ in module.parameters())
     )
@@ -351,7 +348,7 @@ def _refusal(obstacles: list[tuple[_Layer, str | None]]) -> str:
     names: dict[str, list[str]] = {}
     for layer, reason in obstacles:
         if reason is not None:
-            why = f"({_qualified_name(type(layer.module))}): {reason}"
+            why = f"({qualified_name(type(layer.module))}): {reason}"
             names.setdefault(why, []).append(layer.name or "the model")
     lines = [
         f"  {', '.join(found[:3])}{f' and {len(found) - 3} more' * (len(found) > 3)} {why}"
@@ -406,7 +403,7 @@ def _obstacle(layer: _Layer, model: nn.Module) -> str | None:
 
 
 def _unknown(module: nn.Module) -> str:
-    if reason := _OTHER_ATTENTION.get(_qualified_name(type(module))):
+    if reason := _OTHER_ATTENTION.get(qualified_name(type(module))):
         return reason
     own = [*vars(module), *module._modules, *module._parameters, *module._buffers]
     if position := [name for name in own if re.search("rel_?pos|relative_pos|rope|rotary", name)]:
@@ -421,7 +418,7 @@ def _altered(module: Any, family: _Family) -> str | None:
     cls = _family_class(module)
     assert cls is not None
     if type(module) is not cls and not is_parametrized(module):
-        return f"its class derives from {_qualified_name(cls)}, and may compute something else"
+        return f"its class derives from {qualified_name(cls)}, and may compute something else"
     children = dict(module.named_modules())
     for name, child in children.items():
         where = "it" if child is module else name
@@ -441,7 +438,7 @@ def _altered(module: Any, family: _Family) -> str | None:
             return f"it has no child {name}, as its class makes in the versions that convert knows"
         if type(linear) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return (
-                f"{name} is a {_qualified_name(type(linear))}, expected a plain nn.Linear: "
+                f"{name} is a {qualified_name(type(linear))}, expected a plain nn.Linear: "
                 "convert before quantising, sharding or adding adapters"
             )
     known = {"", *family.linears, *family.others}

@@ -87,7 +87,7 @@ def separable_attention(
         RuntimeError: ``backend`` was named and cannot serve the call.
     """
     device = x.device if isinstance(x, Tensor) else torch.device("cpu")
-    autocast = autocast_enabled(device.type)
+    autocast = isinstance(x, Tensor) and autocast_enabled(device.type)
     patch_h, patch_w = check_separable_attention(
         x,
         qkv_weight,

@@ -6,10 +6,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Dropout, Linear
 
 from sep_attn.backends import warn
-from sep_attn.children import is_plain, not_plain
+from sep_attn.children import not_plain
 from sep_attn.functional import separable_attention, shortest_way
 from sep_attn.packed_weights import PackedWeights
 from sep_attn.reference import separable_attention_of_modules
@@ -109,11 +108,10 @@ class SeparableAttention(nn.Module):
         modules = self._modules
         qkv_proj, out_proj = modules["qkv_proj"], modules["out_proj"]
         attn_drop: Any = modules["attn_drop"]
-        plain = is_plain(qkv_proj, Linear) and is_plain(out_proj, Linear)
-        if not (plain and is_plain(attn_drop, Dropout)) and (
-            reason := not_plain("qkv_proj", qkv_proj, Linear)
-            or not_plain("out_proj", out_proj, Linear)
-            or not_plain("attn_drop", attn_drop, Dropout)
+        if reason := (
+            not_plain("qkv_proj", qkv_proj, nn.Linear)
+            or not_plain("out_proj", out_proj, nn.Linear)
+            or not_plain("attn_drop", attn_drop, nn.Dropout)
         ):
             return self._by_calls(reason, x, x_prev, key_padding_mask, need_weights)
         if x_prev is None and key_padding_mask is None and not need_weights:
@@ -140,7 +138,9 @@ class SeparableAttention(nn.Module):
 
     def _dropped(self, out: Tensor) -> Tensor:
         proj_drop: Any = self._modules["proj_drop"]
-        if is_plain(proj_drop, Dropout) and (not proj_drop.training or proj_drop.p == 0.0):
+        if not_plain("proj_drop", proj_drop, nn.Dropout) is None and (
+            not proj_drop.training or proj_drop.p == 0.0
+        ):
             return out
         return cast(Tensor, proj_drop(out))
 

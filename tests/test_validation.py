@@ -145,3 +145,9 @@ def test_pool_and_gate_errors(call: Any, error: type[Exception], message: str) -
 def test_module_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         SeparableAttention(**({"embed_dim": 8} | changes))
+
+
+def test_no_tensor_under_autocast_is_told_by_name() -> None:
+    weights = torch.randn(17, 8), None, torch.randn(8, 8), None
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="x must be"):
+        functional.separable_attention([1.0], *weights)  # type: ignore[arg-type]
