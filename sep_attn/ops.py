@@ -28,9 +28,10 @@ several times before they do anything, in eager mode too.
 
 Of the number of tokens a traced program asks, upper bounds of 32 bits aside, one thing: which path
 they take (:func:`sep_attn.triton_kernels.attention.path_of`). How tokens are split is arithmetic on
-it. So there is a graph for short slices and one for long ones, one for few tokens of many channels,
-and in training one more for slices of a single tile. Where tokens are contiguous in memory, as in
-``[B, D, P, N]``, each comes in two kinds: for N in whole 16-byte words, and for any other.
+it. So there is a graph for short slices and one for long ones, and one for few tokens of many
+channels, for which, and for wider layers, training has one more where slices are a single tile.
+Where tokens are contiguous in memory, as in ``[B, D, P, N]``, each comes in two kinds: for N in
+whole 16-byte words, and for any other.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def test_constants_come_from_the_tables(graphs: dict[tuple[str, str], dict[str, 
         ("training", [513, 1000, 4096]),
         ("wide training", [129, 1000, 300]),
         ("patches", [64, 72, 1000, 256]),
-        ("ragged patches", [7, 49]),
+        ("ragged patches", [7, 197, 1001, 49]),
         ("pool", [2, 17, 65_536, 1000]),
         ("gate", [2, 17, 65_536, 1000]),
     ],
@@ -144,12 +144,12 @@ def test_constants_come_from_the_tables(graphs: dict[tuple[str, str], dict[str, 
 def test_one_graph_serves_many_lengths(
     case: str, served: list[int], graphs: dict[tuple[str, str], dict[str, Any]]
 ) -> None:
-    """Guards other than upper bounds: of short against long slices, in training of one tile, and
-    of whole words where tokens are contiguous."""
+    """Guards other than upper bounds: of short against long slices, in training of wide layers of
+    one tile, and of whole words where tokens are contiguous."""
     assert graphs[case, "forward"]["served"] == served
     bounds = [guard for guard in graphs[case, "forward"]["guards"] if "Eq(s" not in guard]
     dividing = [guard for guard in bounds if not guard.endswith(("<= 1073741824", "<= 2147483647"))]
-    most = {"ragged patches": 3, "patches": 3, "pool": 0, "gate": 0, "wide": 0}
+    most = {"ragged patches": 2, "patches": 3, "pool": 0, "gate": 0, "wide": 0}
     assert len(dividing) <= most.get(case, 1), dividing
 
 

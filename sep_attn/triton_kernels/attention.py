@@ -26,7 +26,8 @@ float64 is served by :mod:`pooling`, :mod:`gating` and torch's products
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable
+import math
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -50,9 +51,11 @@ from sep_attn.triton_kernels.configs import (
     weight_rows,
 )
 from sep_attn.triton_kernels.launch import (
+    NO_PARTS,
     Launch,
     Operands,
     Part,
+    Parts,
     Strides,
     TokenGrid,
     kind_of,
@@ -106,6 +109,8 @@ KEY_PROGRAMS = 132
 SUM_VALUES = 2048
 SUM_ROWS = 32
 FEW_VALUES = 2**17
+FLOAT32 = torch.float32.itemsize  # of statistics, sums and scratch
+SCRATCH_RUN = 32  # float32 values that lie side by side in memory: where one tensor ends, 128 bytes
 
 
 def path_of(
@@ -249,10 +254,12 @@ def _depth(call: Call, channels: int) -> int:
 
 
 class ForwardPlan(NamedTuple):
-    """The launches of a path; the float32 values of the pool's partial sums."""
+    """The launches of a path; which parts of tensors they take; the float32 values of the pool's
+    partial sums."""
 
     path: str
     launches: tuple[Launch, ...]
+    parts: Parts
     partials: int
 
 
@@ -274,7 +281,7 @@ def _plan_forward(
     tile_tokens = call.config("slice_fwd_kernel", min(channels, most)).tokens
     path = path_of(channels, call.itemsize, grid.bands, grid.tokens, source.tokens, tile_tokens)
     if path == "short":
-        return ForwardPlan(path, (_slice_launch(call, operands),), 0)
+        return ForwardPlan(path, (_slice_launch(call, operands),), NO_PARTS, 0)
 
     config = call.config("score_pool_fwd_kernel", channels)
     source_tiles = triton.cdiv(source.tokens, config.tokens)
@@ -290,14 +297,14 @@ def _plan_forward(
         "BLOCK_N": config.tokens,
         "POOL_STAGES": config.stages,
     }
-    parts = torch.sym_max(
+    combine_parts = torch.sym_max(
         triton.cdiv(channels, COMBINE_COLUMNS), triton.cdiv(source.tokens, 4 * WEIGHTS_BLOCK)
     )
     combine = {
         **_of_call(operands, source),
         **operands.of_tensors("mask", "weights"),
         "splits": splits,
-        "parts": parts,
+        "parts": combine_parts,
         "BLOCK_S": COMBINE_ROWS,
         "BLOCK_D": min(COMBINE_CHANNELS, padded_width(channels)),
         "BLOCK_E": COMBINE_COLUMNS,
@@ -309,8 +316,9 @@ def _plan_forward(
         Launch(
             scoring.score_pool_fwd_kernel, source.bands * splits, pool, scores_ptr="weights_ptr"
         ),
-        Launch(scoring.context_combine_kernel, source.bands * parts, combine),
+        Launch(scoring.context_combine_kernel, source.bands * combine_parts, combine),
     ]
+    parts: Parts = NO_PARTS
     if path == "long":
         config = call.config("value_gate_output_fwd_kernel", channels)
         tiles = _tiles_of(operands, grid, config.tokens)
@@ -324,6 +332,11 @@ def _plan_forward(
         }
         launches.append(Launch(fused.value_gate_output_fwd_kernel, tiles["tiles"], arguments))
     else:
+        parts = {
+            "context_ptr": Part("statistics_ptr", channels * FLOAT32),
+            "value_weight_ptr": Part("qkv_weight_ptr", (1 + channels) * channels * call.itemsize),
+            "value_bias_ptr": Part("qkv_bias_ptr", (1 + channels) * call.itemsize),
+        }
         # The gated values lie in memory as out does.
         values = {"weight_ptr": "value_weight_ptr", "bias_ptr": "value_bias_ptr"}
         names = {**values, "a_ptr": "x_ptr", "slice_ptr": "context_ptr", "out_ptr": "gated_ptr"}
@@ -331,7 +344,7 @@ def _plan_forward(
         names = {"weight_ptr": "out_weight_ptr", "bias_ptr": "out_bias_ptr", "a_ptr": "gated_ptr"}
         launches.append(_product(call, operands, "out", "out", "bias", True, **names))
     partials = operands.slices * splits * (channels + 3)
-    return ForwardPlan(path, tuple(launches), partials)
+    return ForwardPlan(path, tuple(launches), parts, partials)
 
 
 def _value_gate_output(call: Call, config: Config, channels: int, slices: int) -> dict[str, Any]:
@@ -386,7 +399,7 @@ def _slice_launch(call: Call, operands: Operands) -> Launch:
 # Plans, and kinds of tensors, of the passes of one kind of call: one whose tensors agree in shapes,
 # strides, dtypes and device. To work them out takes the host as long as a small layer takes the
 # GPU. How products in float32 are rounded depends on a setting of torch's too: not for them.
-Known = dict[Hashable, tuple[Any, Hashable]]
+Known = dict[Hashable, tuple[Any, object]]
 
 
 def _forward(
@@ -427,13 +440,11 @@ def _forward(
             None if weights is None else weights.stride(),
             out.stride(),
         )
-    qkv_weight = qkv_weight.contiguous()
-    qkv_bias = None if qkv_bias is None else qkv_bias.contiguous()
-    tensors: dict[str, Tensor | Part | None] = {
+    tensors: dict[str, Tensor | None] = {
         "x_ptr": x,
         "source_ptr": source,
-        "qkv_weight_ptr": qkv_weight,
-        "qkv_bias_ptr": qkv_bias,
+        "qkv_weight_ptr": qkv_weight.contiguous(),
+        "qkv_bias_ptr": None if qkv_bias is None else qkv_bias.contiguous(),
         "out_weight_ptr": out_weight.contiguous(),
         "out_bias_ptr": None if out_bias is None else out_bias.contiguous(),
         "mask_ptr": key_padding_mask,
@@ -446,14 +457,11 @@ def _forward(
         tensors["partial_ptr"] = statistics.new_empty(plan.partials)
     if plan.path == "wide":
         tensors["gated_ptr"] = torch.empty_like(out)
-        tensors["context_ptr"] = Part(statistics, channels)
-        tensors["value_weight_ptr"] = Part(qkv_weight, (1 + channels) * channels)
-        tensors["value_bias_ptr"] = None if qkv_bias is None else Part(qkv_bias, 1 + channels)
     if kind is None:
         kind = kind_of(x.device, tensors)
         if known is not None and x.dtype != torch.float32:
             known[keep_weights] = plan, kind
-    run(plan.launches, x.device, tensors, kind)
+    run(plan.launches, x.device, tensors, plan.parts, kind)
     return out, weights, statistics
 
 
@@ -564,23 +572,24 @@ class BackwardPlan(NamedTuple):
     """The launches of a backward pass, before and after the tiles of each slice,
     ``partial_shape[1]``, are summed where that is not the kernels' work.
 
-    ``scratch_before`` and ``scratch_after`` are the float32 values of each tensor that only the
-    launches before, or after, use, by name. ``in_place``: dx may take the place of dv, for a
-    program reads all channels of its tokens before it writes them. ``at_once``: the first launch
-    makes the gradients of both weights, and of their biases.
+    ``scratch`` are the float32 values of each tensor that only these launches use, by name, and
+    ``scratch_values`` those of the one that holds them all, in ``parts``. ``in_place``: dx may take
+    the place of dv, for a program reads all channels of its tokens before it writes them.
+    ``at_once``: the first launch makes the gradients of both weights, and of their biases.
     """
 
     before_sums: tuple[Launch, ...]
     partial_shape: tuple[int, ...]
     sum_tiles: bool
     after_sums: tuple[Launch, ...]
-    scratch_before: dict[str, int]
-    scratch_after: dict[str, int]
+    scratch: Mapping[str, int]
+    scratch_values: int
+    parts: Parts
     at_once: bool
     in_place: bool
 
 
-class Parts(NamedTuple):
+class Partials(NamedTuple):
     """A sum of ``partial [splits, values]``: the first values go to ``sums``, the others to
     ``rest``, all three by the names that the call's tensors have."""
 
@@ -592,21 +601,21 @@ class Parts(NamedTuple):
     rest_ptr: str | None = None
 
 
-def _sum_parts(*given: Parts) -> Launch:
+def _sum_parts(*given: Partials) -> Launch:
     """The launch that takes up to three sums."""
-    values = max(parts.values for parts in given)
+    values = max(partials.values for partials in given)
     rows = SUM_ROWS if values <= FEW_VALUES else SUM_ROWS // 4
     columns = SUM_VALUES // rows
     arguments: dict[str, Any] = {"BLOCK_S": rows, "BLOCK": columns}
     names: dict[str, str] = {}
-    for place, parts in itertools.zip_longest(("", "second_", "third_"), given):
-        fields = parts._asdict() if parts else dict.fromkeys(Parts._fields)
+    for place, partials in itertools.zip_longest(("", "second_", "third_"), given):
+        fields = partials._asdict() if partials else dict.fromkeys(Partials._fields)
         for name, value in fields.items():
             if isinstance(value, str):
                 names[f"{place}{name}"] = value
             else:
                 arguments[f"{place}{name}"] = value
-    programs = sum(triton.cdiv(parts.values, columns) for parts in given)
+    programs = sum(triton.cdiv(partials.values, columns) for partials in given)
     return Launch(products.sum_parts_kernel, programs, arguments, **names)
 
 
@@ -646,7 +655,8 @@ def _context(
         arguments |= dict.fromkeys(("grad_context_ptr", "bias_partial_ptr"))
     blocks = triton.cdiv(operands.slices, block_slices)
     programs = blocks * triton.cdiv(channels, columns)
-    return Launch(scoring.context_bwd_kernel, programs, arguments), blocks, sum_tiles
+    names = {"partial_ptr": "summed_ptr"} if sum_tiles else {}
+    return Launch(scoring.context_bwd_kernel, programs, arguments, **names), blocks, sum_tiles
 
 
 def _key_weight(call: Call, operands: Operands) -> tuple[int, int, Launch]:
@@ -699,13 +709,13 @@ def _plan_backward(
             "source": source_strides,
             "grad_source": grad_source_strides,
             "weights": weights_strides,
-            "grad_scores": weights_strides,
+            "grad_scores": _contiguous_strides(call.source_shape),
             "grad_weights": grad_weights_strides,
         },
     )
     channels, slices = operands.channels, operands.slices
     matrix = channels * channels
-    before: dict[str, int] = {}
+    before: dict[str, int] = {}  # scratch that only the launches before the sums of tiles use
 
     at_once = need_weight_grad and channels <= MOST_FUSED_BACKWARD_CHANNELS[call.itemsize]
     if at_once:
@@ -713,8 +723,8 @@ def _plan_backward(
         weights = "grad_value_weight_ptr", matrix, "grad_out_weight_ptr"
         biases = "grad_value_bias_ptr", channels, "grad_out_bias_ptr"
         sums = _sum_parts(
-            Parts("weight_partial_ptr", splits, 2 * matrix, *weights),
-            Parts("token_bias_partial_ptr", splits, 2 * channels, *biases),
+            Partials("weight_partial_ptr", splits, 2 * matrix, *weights),
+            Partials("token_bias_partial_ptr", splits, 2 * channels, *biases),
         )
         before_sums = [first, sums]
         before["weight_partial_ptr"] = parts * 2 * matrix
@@ -729,7 +739,7 @@ def _plan_backward(
             ):
                 names = {"a_ptr": a, "b_ptr": b, "partial_ptr": "weight_partial_ptr"}
                 splits, parts, product = _weight_grad(call, operands, a_like, b_like, **names)
-                sums = _sum_parts(Parts("weight_partial_ptr", splits, matrix, sums_ptr, matrix))
+                sums = _sum_parts(Partials("weight_partial_ptr", splits, matrix, sums_ptr, matrix))
                 before_sums += [product, sums]
             before["weight_partial_ptr"] = parts * matrix
 
@@ -740,6 +750,7 @@ def _plan_backward(
     )
     source_launch = _source(call, operands, separate)
     after = {
+        "grad_scores_ptr": operands.source.bands * operands.source.tokens,
         "grad_pooled_ptr": slices * channels,
         "slice_grads_ptr": slices * 2,
         "score_partial_ptr": source_launch.programs * (channels + 1),
@@ -753,30 +764,94 @@ def _plan_backward(
     if need_weight_grad:
         after["grad_context_ptr"] = slices * channels
         if at_once:
-            bias_sums = Parts("bias_partial_ptr", blocks, channels, "grad_key_bias_ptr", channels)
+            bias_sums = Partials(
+                "bias_partial_ptr", blocks, channels, "grad_key_bias_ptr", channels
+            )
         else:
             biases = "grad_bias_ptr", 2 * channels, "grad_out_bias_ptr"
-            bias_sums = Parts("bias_partial_ptr", blocks, 3 * channels, *biases)
+            bias_sums = Partials("bias_partial_ptr", blocks, 3 * channels, *biases)
         after["bias_partial_ptr"] = blocks * bias_sums.values
         splits, parts, product = _key_weight(call, operands)
         after["key_partial_ptr"] = parts * matrix
         scores = "grad_qkv_weight_ptr", channels, "grad_qkv_bias_ptr"
         sums = _sum_parts(
             bias_sums,
-            Parts("score_partial_ptr", source_launch.programs, channels + 1, *scores),
-            Parts("key_partial_ptr", splits, matrix, "grad_key_weight_ptr", matrix),
+            Partials("score_partial_ptr", source_launch.programs, channels + 1, *scores),
+            Partials("key_partial_ptr", splits, matrix, "grad_key_weight_ptr", matrix),
         )
         after_sums += [product, sums]
+    shared = {"partial_ptr": math.prod(partial_shape)}
+    taken = {"value_weight_ptr": Part("qkv_weight_ptr", (channels + matrix) * call.itemsize)}
+    scratch_values = 0
+    if not tracing.is_active():
+        scratch_parts, scratch_values = _placed(shared, before, after)
+        taken |= scratch_parts
+        if need_weight_grad:
+            taken |= _placed_pieces(call.itemsize, channels, at_once)
     return BackwardPlan(
         tuple(before_sums),
         partial_shape,
         sum_tiles,
         tuple(after_sums),
-        before,
-        after,
+        shared | before | after,
+        scratch_values,
+        taken,
         at_once,
         in_place,
     )
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of one value a token of ``[B, N, D]`` or ``[B, D, H, W]``."""
+    if len(shape) == 3:
+        return shape[1], 1
+    return shape[2] * shape[3], shape[3], 1
+
+
+def _placed(shared: dict[str, int], *groups: dict[str, int]) -> tuple[dict[str, Part], int]:
+    """Where tensors of so many float32 values lie in one, and how many that has. Those of a group
+    take the place of another group's, which is not used at the same time."""
+    parts: dict[str, Part] = {}
+
+    def place(sizes: dict[str, int], first: int) -> int:
+        for name, size in sizes.items():
+            parts[name] = Part("scratch_ptr", first * FLOAT32)
+            first += triton.cdiv(size, SCRATCH_RUN) * SCRATCH_RUN
+        return first
+
+    first = place(shared, 0)
+    return parts, max(place(sizes, first) for sizes in groups)
+
+
+def _pieces(channels: int, at_once: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """Of qkv_proj's gradients: rows of score, keys and values; and what belongs to them of the
+    bias, keys and values together where not both weights' gradients are made at once. The first has
+    the name of the whole."""
+    rows = {
+        "grad_qkv_weight_ptr": 1,
+        "grad_key_weight_ptr": channels,
+        "grad_value_weight_ptr": channels,
+    }
+    if not at_once:
+        return rows, {"grad_qkv_bias_ptr": 1, "grad_bias_ptr": 2 * channels}
+    biases = {
+        "grad_qkv_bias_ptr": 1,
+        "grad_key_bias_ptr": channels,
+        "grad_value_bias_ptr": channels,
+    }
+    return rows, biases
+
+
+def _placed_pieces(itemsize: int, channels: int, at_once: bool) -> dict[str, Part]:
+    parts: dict[str, Part] = {}
+    rows, biases = _pieces(channels, at_once)
+    for sizes, row_size in ((rows, channels * itemsize), (biases, itemsize)):
+        whole, *names = sizes
+        firsts = itertools.accumulate(sizes.values())
+        parts |= {
+            name: Part(whole, first * row_size) for name, first in zip(names, firsts, strict=False)
+        }
+    return parts
 
 
 def _value_gate(call: Call, operands: Operands) -> Launch:
@@ -879,13 +954,13 @@ def separable_attention_backward(
 
     input_grads = grad_x, x.new_empty(0) if grad_source is None else grad_source
 
-    def weight_like(*shape: int) -> Tensor:
+    def gradient(*shape: int) -> Tensor:
         wanted = shape if need_weight_grad else (0,)
         return x.new_zeros(*wanted) if slices == 0 else x.new_empty(*wanted)
 
-    grad_qkv_weight = weight_like(1 + 2 * channels, channels)
-    grad_qkv_bias = weight_like(1 + 2 * channels)
-    grad_out_weight, grad_out_bias = weight_like(channels, channels), weight_like(channels)
+    grad_qkv_weight = gradient(1 + 2 * channels, channels)
+    grad_qkv_bias = gradient(1 + 2 * channels)
+    grad_out_weight, grad_out_bias = gradient(channels, channels), gradient(channels)
     if slices == 0 or not (need_input_grad or need_weight_grad):
         return *input_grads, grad_qkv_weight, grad_qkv_bias, grad_out_weight, grad_out_bias
     statistics = statistics.contiguous()
@@ -922,14 +997,11 @@ def separable_attention_backward(
     traced = tracing.is_active()
     in_place = plan.in_place and not traced
     grad_v = like if in_place or not need_input_grad else torch.empty_like(x)
-    scratch = _scratch(statistics, plan.scratch_before, plan.scratch_after)
-    partial = statistics.new_empty(*plan.partial_shape)
-    tensors: dict[str, Tensor | Part | None] = {
+    tensors: dict[str, Tensor | None] = {
         "grad_out_ptr": grad_out,
         "x_ptr": x,
         "source_ptr": source,
         "qkv_weight_ptr": qkv_weight,
-        "value_weight_ptr": Part(qkv_weight, (1 + channels) * channels),
         "qkv_bias_ptr": qkv_bias,
         "out_weight_ptr": out_weight,
         "statistics_ptr": statistics,
@@ -939,70 +1011,36 @@ def separable_attention_backward(
         "seed_ptr": dropout_seed,
         "grad_v_ptr": grad_v,
         "gated_ptr": torch.empty_like(x) if need_weight_grad and not plan.at_once else None,
-        "grad_scores_ptr": torch.empty_like(weights),
-        "partial_ptr": partial,
         "grad_x_ptr": grad_x,
         "grad_source_ptr": grad_source,
-        **scratch,
+        "grad_qkv_weight_ptr": grad_qkv_weight,
+        "grad_qkv_bias_ptr": grad_qkv_bias,
+        "grad_out_weight_ptr": grad_out_weight,
+        "grad_out_bias_ptr": grad_out_bias,
     }
-    if need_weight_grad:
-        rows, biases = _pieces(grad_qkv_weight, grad_qkv_bias, plan.at_once)
-        apart = "grad_key_bias_ptr", "grad_value_bias_ptr"
-        bias_names = apart if plan.at_once else ("grad_bias_ptr",)
-        tensors |= {
-            "grad_qkv_weight_ptr": rows[0],
-            "grad_key_weight_ptr": rows[1],
-            "grad_value_weight_ptr": rows[2],
-            "grad_qkv_bias_ptr": biases[0],
-            **dict(zip(bias_names, biases[1:], strict=True)),
-            "grad_out_weight_ptr": grad_out_weight,
-            "grad_out_bias_ptr": grad_out_bias,
-        }
+    if traced:
+        sizes = plan.scratch
+        rows, biases = _pieces(channels, plan.at_once)
+        grad_rows = {name: x.new_empty(count, channels) for name, count in rows.items()}
+        grad_biases = {name: x.new_empty(count) for name, count in biases.items()}
+        tensors |= grad_rows | grad_biases
+    else:
+        sizes = {"scratch_ptr": plan.scratch_values}
+    scratch = {name: statistics.new_empty(size) for name, size in sizes.items()}
+    tensors |= scratch
     if kind is None:
         kind = kind_of(x.device, tensors)
         if known is not None and x.dtype != torch.float32:
             known[pass_key] = plan, kind
     if plan.sum_tiles:
-        run(plan.before_sums, x.device, tensors, kind)
-        run(plan.after_sums, x.device, tensors | {"partial_ptr": partial.sum(1)}, kind)
+        run(plan.before_sums, x.device, tensors, plan.parts, kind)
+        partial = scratch["partial_ptr" if traced else "scratch_ptr"]
+        partial = partial[: plan.scratch["partial_ptr"]].view(plan.partial_shape)
+        tensors["summed_ptr"] = partial.sum(1)
+        run(plan.after_sums, x.device, tensors, plan.parts, kind)
     else:
-        run((*plan.before_sums, *plan.after_sums), x.device, tensors, kind)
-    if need_weight_grad and traced:
-        grad_qkv_weight, grad_qkv_bias = torch.cat(rows), torch.cat(biases)
+        run((*plan.before_sums, *plan.after_sums), x.device, tensors, plan.parts, kind)
+    if traced and need_weight_grad:
+        grad_qkv_weight = torch.cat(list(grad_rows.values()))
+        grad_qkv_bias = torch.cat(list(grad_biases.values()))
     return *input_grads, grad_qkv_weight, grad_qkv_bias, grad_out_weight, grad_out_bias
-
-
-def _pieces(weight: Tensor, bias: Tensor, at_once: bool) -> tuple[list[Any], list[Any]]:
-    """Of qkv_proj's gradients: the rows of score, keys and values; and the biases of these, or of
-    the score and of the others where not both weights' gradients are made at once. In a traced
-    program they are to be put together."""
-    channels = weight.shape[1]
-    sizes = (1, channels, channels)
-    bias_sizes = sizes if at_once else (1, 2 * channels)
-    if tracing.is_active():
-        rows = [weight.new_empty(size, channels) for size in sizes]
-        return rows, [bias.new_empty(size) for size in bias_sizes]
-    rows = [Part(weight, first * channels) for first in _starts(sizes)]
-    return rows, [Part(bias, first) for first in _starts(bias_sizes)]
-
-
-def _starts(sizes: tuple[int, ...]) -> list[int]:
-    return list(itertools.accumulate(sizes[:-1], initial=0))
-
-
-def _scratch(like: Tensor, *groups: dict[str, int]) -> dict[str, Tensor | Part]:
-    """Uninitialised memory of so many values, parts of one tensor that begin at a multiple of 16
-    bytes. Groups lie in the same place: one is used after the other. A traced program has a tensor
-    for each: of parts it would make copies."""
-    if tracing.is_active():
-        return {name: like.new_empty(size) for sizes in groups for name, size in sizes.items()}
-    starts: dict[str, int] = {}
-    most = 0
-    for sizes in groups:
-        first = 0
-        for name, size in sizes.items():
-            starts[name] = first
-            first += -(-size // 4) * 4
-        most = max(most, first)
-    whole = like.new_empty(most)
-    return {name: Part(whole, start) for name, start in starts.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import types
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -264,33 +265,22 @@ class Plan(NamedTuple):
     launches: tuple[Launch, ...]
 
 
-class Part:
-    """What lies in a contiguous tensor from its value ``first`` on, as kernels take it: to make a
-    view takes the host a microsecond or two."""
+class Part(NamedTuple):
+    """What lies in another of a call's tensors, a contiguous one, from its byte ``offset`` on: to
+    make a view takes the host a microsecond or two."""
 
-    __slots__ = ("_first", "_whole", "dtype")
+    whole: str
+    offset: int
 
-    def __init__(self, whole: Tensor, first: int) -> None:
-        self._whole, self._first = whole, first
-        self.dtype = whole.dtype
-
-    def data_ptr(self) -> int:
-        return self._whole.data_ptr() + self._first * self.dtype.itemsize
-
-    def tensor(self) -> Tensor:
-        return self._whole.flatten()[self._first :]
+    def of(self, tensors: Tensors) -> Tensor | None:
+        whole = tensors[self.whole]
+        return None if whole is None else whole.flatten()[self.offset // whole.itemsize :]
 
 
-# What kernels are given, by the names that a call has for it.
-Tensors = Mapping[str, Tensor | Part | None]
-
-
-def _taken(launch: Launch, tensors: Tensors) -> dict[str, Tensor | None]:
-    """What a kernel takes of a call's tensors, by its own names."""
-    return {
-        name: value.tensor() if isinstance(value := tensors[operand], Part) else value
-        for name, operand in launch.operands.items()
-    }
+# What kernels are given, by the names that a call has for it; parts of them, by their own names.
+Tensors = Mapping[str, Tensor | None]
+Parts = Mapping[str, Part]
+NO_PARTS: Parts = types.MappingProxyType({})
 
 
 class Launch:
@@ -334,54 +324,64 @@ class Launch:
             if name in self.operands
         ]
 
+    def taken(self, tensors: Tensors, parts: Parts) -> dict[str, Tensor | None]:
+        """What the kernel takes of a call's tensors and of parts that are not among them, by its
+        own names."""
+        return {
+            name: tensors[operand] if operand in tensors else parts[operand].of(tensors)
+            for name, operand in self.operands.items()
+        }
+
     def __call__(
         self,
         kind: Hashable,
         tensors: Tensors,
+        parts: Parts,
         addresses: Mapping[str, int | None],
-        stream: int | None = None,
+        stream: int | None,
     ) -> None:
-        """Launches on what the kernel takes of ``tensors``, which are of this kind
-        (:func:`kind_of`) and begin at ``addresses``. With a stream nothing but the launch itself is
-        done; without one Triton finds it out, and calls the hooks of a profiler."""
-        arguments, together = self._template.copy(), 0
-        for place, operand in self._places:
-            address = addresses[operand]
-            if address is not None:
-                arguments[place] = address
-                together |= address
-        if together & 15:
-            kind = kind, *[(arguments[place] or 0) & 15 == 0 for place, _ in self._places]
+        """Launches on what the kernel takes of ``tensors`` and ``parts``, which are of this kind
+        and begin at ``addresses``. With a stream nothing but the launch itself is done; without one
+        Triton finds it out, and calls the hooks of a profiler."""
         compiled = self._compiled.get(kind)
         if compiled is None:
-            result = self.kernel[self.grid](**_taken(self, tensors), **self.arguments)
+            result = self.kernel[self.grid](**self.taken(tensors, parts), **self.arguments)
             if isinstance(result, CompiledKernel):  # under the interpreter there is none
                 self._compiled[kind] = result
-        elif stream is None:
+            return
+        arguments = self._template.copy()
+        for place, operand in self._places:
+            arguments[place] = addresses[operand]
+        if stream is None:
             compiled[self.grid](*arguments)
         else:
             metadata, hooks = compiled.packed_metadata, (None, None, None)
             compiled.run(*self.grid, stream, compiled.function, metadata, *hooks, *arguments)
 
 
-def kind_of(device: torch.device, tensors: Tensors) -> Hashable:
+_KINDS: dict[Hashable, object] = {}
+
+
+def kind_of(device: torch.device, tensors: Tensors) -> object:
     """What Triton compiles a kernel by, besides a launch's own arguments and where tensors begin:
-    which there are, and their dtypes."""
+    which there are, and their dtypes. The same object each time, which is looked up quicker than
+    they are."""
     dtypes = [None if value is None else value.dtype for value in tensors.values()]
-    return device.index, *dtypes
+    return _KINDS.setdefault((device.index, *dtypes), object())
 
 
 def run(
     launches: Sequence[Launch],
     device: torch.device,
     tensors: Tensors,
-    kind: Hashable = None,
+    parts: Parts = NO_PARTS,
+    kind: object = None,
 ) -> None:
     """Launches kernels one after another; each takes what it needs of the call's tensors, whose
-    :func:`kind_of` may be known."""
+    :func:`kind_of` may be known, and of their parts."""
     if tracing.is_active():
         for launch in launches:
-            taken = _taken(launch, tensors)
+            taken = launch.taken(tensors, parts)
             tracing.launch(launch.kernel, launch.grid, launch.arguments, taken)
         return
     if kind is None:
@@ -390,10 +390,18 @@ def run(
     addresses = {
         name: None if value is None else value.data_ptr() for name, value in tensors.items()
     }
+    together = 0
+    for address in addresses.values():
+        together |= address or 0
+    if together & 15:
+        kind = kind, *[(address or 0) & 15 == 0 for address in addresses.values()]
+    for name, (whole, offset) in parts.items():
+        address = addresses[whole]
+        addresses[name] = None if address is None else address + offset
     with on_device(device):
         stream = current_stream(device)
         for launch in launches:
-            launch(kind, tensors, addresses, stream)
+            launch(kind, tensors, parts, addresses, stream)
 
 
 def current_stream(device: torch.device) -> int | None:
