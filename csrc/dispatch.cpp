@@ -58,6 +58,15 @@ bool has_avx512_bf16() {
   return has_avx512() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && eax >= 1 &&
          __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvx512Bf16) != 0;
 }
+
+// A dot product of bfloat16 pairs does the work of two multiply-adds. AMD's processors start as
+// many of them (Zen 4, benchmarks/fma_peak.cpp), Intel's a quarter as many (Sapphire Rapids), so
+// that there avx512, which widens bfloat16 to float32, is faster.
+bool has_quick_avx512_bf16() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(0, &eax, &ebx, &ecx, &edx) && ebx == signature_AMD_ebx &&
+         ecx == signature_AMD_ecx && edx == signature_AMD_edx;
+}
 #endif
 
 enum Kernel {
@@ -77,25 +86,21 @@ constexpr const char* kKernelNames[kKernels] = {
 struct InstructionSet {
   const KernelTable& table;
   bool (*supported)();
-  bool only_by_name;  // never the default
+  bool (*better)();  // than those before it: else it has to be asked for
 };
 
-// Worst first, but avx512_bf16 has to be asked for. Its dot products do twice the work of
-// multiply-adds; on the processor measured (Sapphire Rapids, benchmarks/fma_peak.cpp) they start at
-// a quarter of the rate, so that avx512, which widens bfloat16 to float32, is faster. A processor
-// that starts them at the full rate would gain; none has been measured.
 constexpr InstructionSet kInstructionSets[] = {
 #ifdef SEP_ATTN_NEON_KERNELS
-    {neon::kernel_table, always, false},
+    {neon::kernel_table, always, always},
 #else
-    {baseline::kernel_table, always, false},
+    {baseline::kernel_table, always, always},
 #endif
 #ifdef SEP_ATTN_X86_KERNELS
-    {avx2::kernel_table, has_avx2, false},
-    {avx512::kernel_table, has_avx512, false},
+    {avx2::kernel_table, has_avx2, always},
+    {avx512::kernel_table, has_avx512, always},
 #endif
 #ifdef SEP_ATTN_AVX512_BF16_KERNELS
-    {avx512_bf16::kernel_table, has_avx512_bf16, true},
+    {avx512_bf16::kernel_table, has_avx512_bf16, has_quick_avx512_bf16},
 #endif
 };
 constexpr int kInstructionSetCount = sizeof(kInstructionSets) / sizeof(kInstructionSets[0]);
@@ -103,7 +108,7 @@ constexpr int kInstructionSetCount = sizeof(kInstructionSets) / sizeof(kInstruct
 int best_instruction_set() {
   int best = 0;
   for (int i = 0; i < kInstructionSetCount; ++i) {
-    if (kInstructionSets[i].supported() && !kInstructionSets[i].only_by_name) best = i;
+    if (kInstructionSets[i].supported() && kInstructionSets[i].better()) best = i;
   }
   return best;
 }

@@ -11,11 +11,12 @@
 namespace sep_attn {
 
 // Instruction sets this binary holds, and those among them this machine can run: worst first, then
-// avx512_bf16, which is never the default.
+// avx512_bf16, which is better than avx512 on some processors only.
 std::vector<std::string> compiled_capabilities();
 std::vector<std::string> capabilities();
 
-// The instruction set in use: unless set otherwise, the last one but avx512_bf16.
+// The instruction set in use: unless set otherwise, the last one, but avx512_bf16 only where its
+// dot products are quick.
 std::string capability();
 // Throws std::invalid_argument when this binary or this machine lacks `name`.
 void set_capability(const std::string& name);

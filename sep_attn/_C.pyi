@@ -7,7 +7,7 @@ def capability() -> str:
     """The instruction set in use: "baseline", "avx2", "avx512", "avx512_bf16" or "neon"."""
 
 def capabilities() -> list[str]:
-    """The instruction sets usable on this machine: best last, and then "avx512_bf16"."""
+    """The instruction sets usable on this machine: worst first, and last "avx512_bf16"."""
 
 def compiled_capabilities() -> list[str]:
     """The instruction sets this build holds, in the same order."""

@@ -263,7 +263,7 @@ def _shortest_triton_way(
     x = tensors[0]
     if (
         x.dtype == torch.float64
-        or torch.is_autocast_enabled(x.device.type)
+        or torch._C._is_any_autocast_enabled()
         or is_observed()
         or not has_memory(x)
         or not _NO_SUBCLASSES.issuperset(map(type, tensors))

@@ -56,12 +56,13 @@ def unavailable_reason() -> str | None:
 
 
 def capability() -> str:
-    """The instruction set in use: ``"baseline"``, ``"avx2"``, ``"avx512"`` or ``"neon"``, the best
-    that the machine has; or ``"avx512_bf16"``, if it was chosen.
+    """The instruction set in use, by default the best that the machine has: ``"baseline"``,
+    ``"avx2"``, ``"avx512"``, ``"avx512_bf16"`` or ``"neon"``.
 
     ``"avx512_bf16"`` is ``"avx512"`` with the forward pass of bfloat16 layers in VDPBF16PS dot
-    products. It is never the default: on the one processor measured (Sapphire Rapids) they start
-    at a quarter of the rate of float32's multiply-adds and are slower than widening.
+    products. On AMD's processors they start at the rate of float32's multiply-adds, and do twice
+    the work (Zen 4, measured); on Intel's at a quarter of it (Sapphire Rapids, measured), so that
+    widening to float32 is faster and ``"avx512"`` the default.
 
     Raises:
         RuntimeError: the C++ kernels are not available (so do all functions below).
@@ -70,7 +71,7 @@ def capability() -> str:
 
 
 def capabilities() -> list[str]:
-    """The instruction sets usable on this machine: best last, and then ``"avx512_bf16"``."""
+    """The instruction sets usable on this machine: worst first, and last ``"avx512_bf16"``."""
     return _loaded().capabilities()
 
 
