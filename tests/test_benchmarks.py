@@ -460,6 +460,14 @@ def test_cpu_refuses_a_wrong_layer(
     assert "refused: sep_attn" in capsys.readouterr().out
 
 
+def test_cpu_draws_no_picture_of_half_precision_alone(tmp_path: Path) -> None:
+    arguments = ["--out", str(tmp_path), "--shapes", "4x12x16", "--seconds", "0"]
+    chosen = ["--parts", "table", "--dtypes", "bfloat16", "--passes", "forward"]
+    assert run.main([*arguments, *chosen, "--threads", "1"]) == 0
+    assert "### Forward, bfloat16, 1 thread" in (tmp_path / "cpu.md").read_text()
+    assert not list(tmp_path.glob("*.png"))
+
+
 def test_cpu_leaves_out_what_no_time_is_left_for(tmp_path: Path) -> None:
     arguments = ["--out", str(tmp_path), "--shapes", "4x12x16", "--quick", "--time-limit", "0"]
     assert run.main([*arguments, "--threads", "1"]) == 0

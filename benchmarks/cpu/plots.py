@@ -27,6 +27,7 @@ COLORS = {
 }
 MARKERS = {TIMM: "P", FLOOR: "|", "sep_attn": "o", "sep_attn_patches": "s", "sep_attn_image": "^"}
 Row = Mapping[str, Any]
+DTYPE = "float32"  # all that is drawn
 
 
 def roofline(result: Mapping[str, Any], path: Path) -> None:
@@ -36,9 +37,7 @@ def roofline(result: Mapping[str, Any], path: Path) -> None:
     Operations are those of the two or six products for every layer, so that timm's module, which
     does more, is not credited for them.
     """
-    rows = [
-        row for row in result["rows"] if row["dtype"] == "float32" and row["gflops"] is not None
-    ]
+    rows = [row for row in result["rows"] if row["dtype"] == DTYPE and row["gflops"] is not None]
     groups = dict(report.grouped(rows, "mode", "threads"))
     modes = list(dict.fromkeys(mode for mode, _ in groups))
     counts = list(dict.fromkeys(threads for _, threads in groups))

@@ -128,7 +128,10 @@ class Report:
             ("thread_rows", plots.thread_scaling, "threads"),
             ("token_rows", plots.token_scaling, "tokens"),
         ):
-            if any(row["milliseconds"] for row in self.result.get(part, ())):
+            rows = self.result.get(part, ())
+            if any(
+                row["milliseconds"] and row.get("dtype", plots.DTYPE) == plots.DTYPE for row in rows
+            ):
                 draw(self.result, self.out / f"{self.stem}_{name}.png")
 
     def to_markdown(self) -> str:
