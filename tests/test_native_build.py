@@ -101,7 +101,7 @@ def test_refused_kernels_serve_no_call() -> None:
         "import torch, warnings; from sep_attn import SeparableAttention\n"
         "from torch.profiler import profile\n"
         "layer, x = SeparableAttention(8), torch.randn(2, 5, 8)\n"
-        "warnings.simplefilter('error')\n"
+        "warnings.filterwarnings('error', message='sep_attn')\n"
         "for mode in (layer.train(), layer.eval()):\n"
         "    with profile() as profiler:\n"
         "        try: mode(x).sum().backward()\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import sys
 import unittest.mock
 from collections.abc import Iterator
@@ -653,6 +654,41 @@ def test_path(shape: tuple[int, int, int], dtype: torch.dtype, path: str) -> Non
     strides = (shape[1] * shape[2], shape[2], 1)
     given = attention.Call("sm_90", dtype, shape, shape, 1, 1, "relu", "ieee")
     assert attention._plan_forward(given, strides, strides, None, None, strides).path == path
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_a_backward_pass_needs_lies_side_by_side(at_once: bool) -> None:
+    """Scratch of the launches before and after the sums of tiles takes the same place."""
+    shape, strides = (6, 9, 40), (360, 40, 1)
+    given = attention.Call("sm_90", torch.bfloat16, shape, shape, 1, 1, "relu", "ieee")
+    with unittest.mock.patch.object(
+        attention, "MOST_FUSED_BACKWARD_CHANNELS", {2: 256 if at_once else 0}
+    ):
+        plan = attention._plan_backward.__wrapped__(
+            given, False, True, True, *[strides] * 4, None, (9, 1), None
+        )
+
+    def extents(launches: tuple[launch.Launch, ...], whole: str) -> list[tuple[int, int]]:
+        names = {name for planned in launches for name in planned.operands.values()}
+        return sorted(
+            (part.offset, part.offset + 4 * plan.scratch.get(name, 0))
+            for name, part in plan.parts.items()
+            if part.whole == whole and name in names
+        )
+
+    last = 0
+    for launches in (plan.before_sums, plan.after_sums):
+        found = extents(launches, "scratch_ptr")
+        assert all(first % 128 == 0 for first, _ in found)
+        assert all(end <= first for (_, end), (first, _) in itertools.pairwise(found))
+        last = max(last, *(end for _, end in found))
+    assert 0 <= 4 * plan.scratch_values - last < 128
+    both = extents((*plan.before_sums, *plan.after_sums), "scratch_ptr")
+    assert any(first < end for (_, end), (first, _) in itertools.pairwise(both))
+    of_weight = extents((*plan.before_sums, *plan.after_sums), "grad_qkv_weight_ptr")
+    assert [first for first, _ in of_weight] == [2 * 40, 2 * 41 * 40]
+    of_bias = extents((*plan.before_sums, *plan.after_sums), "grad_qkv_bias_ptr")
+    assert [first for first, _ in of_bias] == ([2, 2 * 41] if at_once else [2])
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17, 49, 64, 65, 1000])
