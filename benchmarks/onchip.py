@@ -30,7 +30,7 @@ TARGET = "sm_90"
 ITEMSIZE = 2
 ROWS = 64  # of an instruction, which four warps give together
 GROUP = 4  # those warps
-FEWEST_ROWS = 16  # that a slice has in a tile
+FEWEST_ROWS = 16  # of a product, and so of a slice in a tile
 
 
 class Traffic(NamedTuple):

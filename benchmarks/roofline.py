@@ -34,7 +34,6 @@ FLOAT32 = 4  # bytes of a statistic
 # Passes over [S, N, D] that the paths of sep_attn.triton_kernels.attention cannot save.
 FORWARD_PASSES = {"short": 2, "long": 3, "wide": 5}
 NOTHING = onchip.Traffic()
-POOL_ROWS = 16
 SHORT_TOKENS = 1024  # a slice of up to so many tokens is to be read once
 
 
@@ -96,8 +95,10 @@ def forward_work(
     statistics = slices * (2 * dim + 1) * FLOAT32
     weights = tokens * FLOAT32 if keep_weights else 0
     pool_operations, context_operations = 4 * tokens * dim, 2 * slices * dim * dim
-    # In half precision scores and pool of short slices are three products of POOL_ROWS rows.
-    short_pool_operations = 6 * POOL_ROWS * tokens * dim if itemsize == 2 else pool_operations
+    # In half precision scores and pool of short slices are three products of so few rows.
+    short_pool_operations = (
+        6 * onchip.FEWEST_ROWS * tokens * dim if itemsize == 2 else pool_operations
+    )
     product = 2 * tokens * dim * dim
     path = path or path_of(shape, itemsize)
     if path == "short":
