@@ -216,6 +216,31 @@ def test_a_new_length_compiles_nothing_new(tmp_path: Path) -> None:
     assert max(counts["layer of short slices"].values()) <= 3, counts
 
 
+GLOBALS = """
+import importlib, pkgutil
+from triton.language.core import constexpr
+from triton.runtime.jit import JITCallable, JITFunction
+from sep_attn import triton_kernels
+
+kernels = 0
+for module in pkgutil.iter_modules(triton_kernels.__path__, "sep_attn.triton_kernels."):
+    for name, function in vars(importlib.import_module(module.name)).items():
+        if isinstance(function, JITCallable):
+            assert function.cache_key
+            for (used, _), (value, _) in function.used_global_vals.items():
+                assert isinstance(value, constexpr), (name, used)
+            kernels += isinstance(function, JITFunction)
+assert kernels > 20
+print("ok")
+"""
+
+
+def test_the_key_of_tritons_cache_holds_every_global(tmp_path: Path) -> None:
+    """Triton leaves out those that are no ``constexpr``, and a later version of the package would
+    be served the kernels of an earlier one."""
+    assert run_without_interpreter(tmp_path, "-c", GLOBALS).strip() == "ok"
+
+
 LAUNCHES = """
 import torch
 from benchmarks.machine_code import LaunchNothing, QuietDriver

@@ -25,6 +25,7 @@ from sep_attn.triton_kernels.products import gate_bwd_tile
 from sep_attn.triton_kernels.tiles import (
     chunk_channels,
     chunk_even,
+    chunk_start,
     chunk_width,
     fold_rows,
     load_bias,
@@ -42,10 +43,8 @@ from sep_attn.triton_kernels.tiles import (
     unknown_zero,
 )
 
-
-@triton.constexpr_function
-def sums_fit(chunks):
-    return sum(chunks) <= WIDEST_PRODUCT
+# A global of another kind would not be in the key of Triton's cache.
+MOST_SUMS = tl.constexpr(WIDEST_PRODUCT)  # columns of the values that a program sums at once
 
 
 @triton.jit
@@ -120,7 +119,7 @@ def value_gate_output_tile(
     # act(x W_V^T + b_V) * c, times W_O^T, plus b_O, for a tile of whole tokens.
     EVEN_E: tl.constexpr = D % BLOCK_E == 0
     # Chunks whose sums fit into registers together are made in one pass over x.
-    FITS: tl.constexpr = sums_fit(VALUE_CHUNKS)
+    FITS: tl.constexpr = chunk_start(VALUE_CHUNKS, len(VALUE_CHUNKS)) <= MOST_SUMS
     AT_ONCE: tl.constexpr = len(VALUE_CHUNKS) if FITS else 1
     # ``zero`` is another unknown zero. The compiler then works out anew what zero was added to,
     # where it would keep more than there are registers; does not unroll the loops, which takes
