@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -154,3 +155,19 @@ def test_a_wheel_builds_from_the_sdist_and_holds_no_leftovers(sdist: Path, tmp_p
     assert package == {name for name in sources(ROOT) if name.startswith("sep_attn/")}
     metadata = {name.partition(".dist-info/")[2] for name in held - package}
     assert metadata == {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE", "top_level.txt"}
+
+
+def test_the_tests_of_the_wheel_need_nothing_else_of_the_repository(tmp_path: Path) -> None:
+    script = (ROOT / "tools" / "abi.sh").read_text()
+    names = re.findall(r"test_\w+\.py", script)
+    assert len(names) > 5
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    package_without_kernels(tmp_path / "installed")
+    options = ("-q", "--collect-only", "-c", "/dev/null", "--rootdir", ".")
+    subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *names],
+        cwd=tmp_path / "tests",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        stdout=subprocess.PIPE,
+        check=True,
+    )

@@ -8,7 +8,6 @@ import pytest
 import torch
 from oracle import Case, check_layer, inputs_of, run
 
-from benchmarks.machine_code import forget_plans
 from sep_attn.backends import unavailable_reason
 from sep_attn.functional import separable_attention
 from sep_attn.triton_kernels import attention
@@ -116,13 +115,14 @@ def test_programs_of_several_tiles(
     """A loop that reads ahead must not fill what another warp still multiplies. Large calls loop:
     so does this one, with few programs a launch."""
     backend_or_skip("triton", device, torch.float16)
+    machine_code = pytest.importorskip("benchmarks.machine_code", reason="only in the repository")
     for name in ("WEIGHT_PROGRAMS", "WEIGHT_WARPS", "SPLIT_PROGRAMS", "SHORT_PROGRAMS"):
         monkeypatch.setattr(attention, name, 2)
-    forget_plans()
+    machine_code.forget_plans()
     try:
         check_layer(separable_attention, case, torch.float16, device, backend="triton")
     finally:
-        forget_plans()
+        machine_code.forget_plans()
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])

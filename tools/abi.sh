@@ -30,7 +30,7 @@ END
     "$python" -m pytest -q -c /dev/null --rootdir . --timeout 600 \
         test_reference.py test_validation.py test_backends.py test_native_build.py test_layer.py \
         test_ops.py test_export.py test_module.py test_multihead.py test_packed_weights.py \
-        -k "not triton and not no_compiler and not number_of_jobs and not left_out and not inductor"
+        -k "not triton and not no_compiler and not number_of_jobs and not left_out and not old_setuptools and not inductor"
     cd "$repository"
     [ -n "${KEEP:-}" ] || rm -rf "$environment" "$tests"
 done
