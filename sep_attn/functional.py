@@ -223,20 +223,23 @@ def _shortest_native_way(
             ):
                 return None
             patch_h, patch_w = patch_size or default_patch_size(x)
-            return ops.native_self_attention(*tensors, value_act, patch_h, patch_w)
-        if packed is None:
-            return None
-        patch_h, patch_w = patch_size or (0, 0)
-        return ops.separable_attention_packed(
-            *tensors,
-            packed.memory if packed.memory is not None else packed.allocate(qkv_weight),
-            value_act == "relu",
-            patch_h,
-            patch_w,
-        )
-    except (IndexError, TypeError, ValueError):  # a rank, the patch, the kernels' own checks
+        else:
+            # A mode may be tracing: its program is no place for what this layer keeps.
+            if packed is None or torch._C._len_torch_dispatch_stack() > 0:
+                return None
+            patch_h, patch_w = patch_size or (0, 0)
+            return ops.separable_attention_packed(
+                *tensors,
+                packed.memory if packed.memory is not None else packed.allocate(qkv_weight),
+                value_act == "relu",
+                patch_h,
+                patch_w,
+            )
+    except ops.REFUSALS:
         return None
-    except RuntimeError:  # PyTorch's own: no tensor, another device; or there are no kernels
+    try:
+        return ops.native_self_attention(*tensors, value_act, patch_h, patch_w)
+    except ops.Refused:
         return None
 
 

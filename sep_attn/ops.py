@@ -37,6 +37,7 @@ whole 16-byte words, and for any other.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -378,6 +379,35 @@ def _separable_attention_formula(backend: str) -> Callable[..., tuple[Tensor | N
     return backward
 
 
+def _inference_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.options = *inputs[:8], inputs[8:]
+    ctx.save_for_backward(*tensors)
+
+
+def _inference_formula(backend: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Computes the layer again. For programs that were traced where no gradient was wanted, and are
+    differentiated all the same."""
+    formula = _separable_attention_formula(backend)
+    for_backward = (True,) if _LAYER_KEPT[backend][0] else ()
+
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, x_prev, qkv_weight, qkv_bias, out_weight, out_bias, mask, dropout = ctx.saved_tensors
+        with torch.no_grad():
+            _, *kept = _operator("separable_attention", backend)(
+                *(x, x_prev, qkv_weight, qkv_bias, out_weight, out_bias, mask, dropout),
+                *ctx.options,
+                *for_backward,
+            )
+        again = SimpleNamespace(
+            saved_tensors=(x, x_prev, qkv_weight, qkv_bias, out_weight, dropout, *kept),
+            options=ctx.options,
+            needs_input_grad=ctx.needs_input_grad,
+        )
+        return formula(again, grad_out, None)
+
+    return backward
+
+
 # Registration ------------------------------------------------------------------------------------
 
 _CONTEXT_POOL = (
@@ -459,6 +489,12 @@ for _backend in ("native", "triton"):
         f"separable_attention_inference_{_backend}",
         f"({_LAYER_TENSORS}, {dropout}, {options}) -> Tensor",
         _separable_attention_inference_fake,
+    )
+    torch.library.register_autograd(
+        f"sep_attn::separable_attention_inference_{_backend}",
+        _inference_formula(_backend),
+        setup_context=_inference_setup,
+        lib=_library,
     )
     _define(
         f"separable_attention_backward_{_backend}",
@@ -549,14 +585,25 @@ separable_attention_packed = _operator("separable_attention_packed", "native")._
 # every argument costs as much as a small layer's kernels.
 
 
+# What a call of an operator raises where it does not take the arguments: ranks, the patch and the
+# kernels' own checks; and PyTorch's, for what is no tensor, for devices, or where no kernels are.
+REFUSALS = (IndexError, TypeError, ValueError, RuntimeError)
+
+
+class Refused(Exception):
+    """One of ``REFUSALS``."""
+
+
 def _self_attention_function(
     backend: str,
     forward_call: Callable[..., Any],
     backward_call: Callable[..., Any],
     *last_arguments: bool,
+    refusals: tuple[type[Exception], ...] = (),
 ) -> Callable[..., Tensor]:
     """Both calls take what the operators of the backend take, and then any options beyond theirs;
-    ``last_arguments`` only the first."""
+    ``last_arguments`` only the first. What that raises of ``refusals`` becomes :class:`Refused`,
+    which no hook on saved tensors raises."""
     operator = _operator("separable_attention_backward", backend)
     operator_options = _LAYER_OPTIONS[backend].count(",") + 1
 
@@ -572,8 +619,11 @@ def _self_attention_function(
             *options: Any,
         ) -> Tensor:
             tensors = (x, None, qkv_weight, qkv_bias, out_weight, out_bias, None, None)
-            with torch._C._AutoDispatchBelowAutograd():
-                out, *kept = forward_call(*tensors, *options, *last_arguments)
+            try:
+                with torch._C._AutoDispatchBelowAutograd():
+                    out, *kept = forward_call(*tensors, *options, *last_arguments)
+            except refusals as error:
+                raise Refused from error
             ctx.options = options
             ctx.save_for_backward(x, qkv_weight, qkv_bias, out_weight, *kept)
             return out
@@ -624,6 +674,7 @@ native_self_attention = _self_attention_function(
     _operator("separable_attention", "native")._op,
     _operator("separable_attention_backward", "native")._op,
     True,  # for_backward
+    refusals=REFUSALS,
 )
 # The same, with dropout_p, which is 0.0, before act, and last what the launchers keep; weights are
 # matrices.
@@ -634,4 +685,8 @@ triton_self_attention = _self_attention_function(
 
 def separable_attention_inference(backend: str, *args: Any) -> Tensor:
     """The output alone, without the way through Python that a differentiable operator takes."""
-    return _operator("separable_attention_inference", backend)(*args)
+    operator = _operator("separable_attention_inference", backend)
+    if torch.compiler.is_compiling() or is_transformed():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)

@@ -281,7 +281,7 @@ def test_the_kernels_run(kind: str, case: Model) -> None:
     convert(model)
     with KernelLog() as log, torch.no_grad():
         output(model, case.inputs())
-    assert log.names == ["sep_attn::separable_attention_packed_native"] * case.count
+    assert log.names == ["sep_attn::separable_attention_inference_native"] * case.count
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])

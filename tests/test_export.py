@@ -14,6 +14,7 @@ from oracle import Case, check_layer, inputs_of, make_mask
 from test_layer import OPTIONS
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import sep_attn
@@ -243,6 +244,22 @@ def test_an_undecomposed_program_keeps_the_kernels() -> None:
     model = build("tokens", masked=False)
     program = torch.export.export(model, (torch.randn(2, 20, DIM),))
     assert operators_of(program) == {"sep_attn"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("trace", ["export", "make_fx"])
+def test_a_program_traced_without_gradients_has_them(trace: str, training: bool) -> None:
+    layer, x = SeparableAttention(DIM).train(training), torch.randn(2, 20, DIM)
+    with torch.no_grad():
+        layer(x)  # in eval it now keeps its weights packed
+        if trace == "export":
+            program = torch.export.export(layer, (x,)).module()
+        else:
+            program = make_fx(layer)(x)
+    x.requires_grad_()
+    (found,) = torch.autograd.grad(program(x).pow(2).sum(), x)
+    (expected,) = torch.autograd.grad(layer(x).pow(2).sum(), x)
+    torch.testing.assert_close(found, expected)
 
 
 # ONNX --------------------------------------------------------------------------------------------

@@ -164,6 +164,27 @@ def test_opcheck_of_inference(backend: str, device: torch.device) -> None:
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inference_has_the_gradients_of_the_layer(backend: str, device: torch.device) -> None:
+    """For a program that was traced under no_grad and is differentiated all the same."""
+    device = device_of(backend, device)
+    backend_or_skip(backend, device, torch.float32)
+    arguments = LAYERS[backend](device, dim=16)
+    of_inference = arguments[:-1] if backend == "native" else arguments
+    torch.library.opcheck(operator("separable_attention_inference", backend), of_inference)
+    leaves = [each for each in arguments[:6] if each is not arguments[3]]  # all but one bias
+    arguments[3].requires_grad_(False)
+    out = operator("separable_attention_inference", backend)(*of_inference)
+    grad_out = torch.randn_like(out)
+    expected = operator("separable_attention", backend)(*arguments)[0]
+    found = torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+    wanted = torch.autograd.grad(expected, leaves, grad_out)
+    assert all(map(torch.equal, found, wanted))
+    (twice,) = torch.autograd.grad(out, leaves[:1], grad_out.requires_grad_(), create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        twice.sum().backward()
+
+
 @pytest.mark.parametrize("convolution", [False, True], ids=["linear", "convolution"])
 def test_opcheck_of_the_packed_form(convolution: bool) -> None:
     backend_or_skip("native", torch.device("cpu"), torch.float32)

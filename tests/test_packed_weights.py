@@ -73,7 +73,7 @@ def fresh(layer: Any, x: Tensor) -> Tensor:
 
 
 def packed_memory(layer: Any) -> Tensor | None:
-    packed = layer._packed_weights if hasattr(layer, "_packed_weights") else layer.forward.args[3]
+    packed = layer._packed_weights if hasattr(layer, "_packed_weights") else layer._sep_attn.packed
     return packed.memory
 
 

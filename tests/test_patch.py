@@ -18,7 +18,6 @@ from oracle import assert_as_good_as_plain, drawn_as
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrizations
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import models
@@ -148,6 +147,7 @@ def test_model_keeps_its_logits_and_everything_else(library: Library, device: to
     assert dict(model.named_modules()) == modules
     assert all(value is parameters[name] for name, value in model.named_parameters())
     assert list(model.state_dict()) == state
+    assert models.attention_layers(model) == attention  # found by name
     for name, layer in attention.items():
         assert call_signature(layer) == signatures[name]
 
@@ -194,20 +194,6 @@ def test_values_and_gradients(
     assert_same_layer(patched(layer), layer, x)
 
 
-class OperatorLog(TorchDispatchMode):
-    """The operators of this package that run, and the convolutions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        name = operator.name()
-        if name.startswith("sep_attn::") or "convolution" in name:
-            self.names.append(name)
-        return operator(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_the_asked_backend_runs(
@@ -217,11 +203,14 @@ def test_the_asked_backend_runs(
     if reason := unavailable_reason(kernels, device, torch.float32):
         pytest.skip(reason)
     fused = patched(library.layer(device), backend=backend).train(training)
-    with OperatorLog() as log, torch.no_grad():
-        fused(tokens(device))
+    x = tokens(device)
+    with torch.profiler.profile() as profile, torch.no_grad():
+        fused(x)
+    names = {event.name for event in profile.events()}
     form = "packed" if kernels == "native" and not training else "inference"
-    expected = [f"sep_attn::separable_attention_{form}_{kernels}"]
-    assert log.names == (expected if backend == "auto" else [])
+    expected = {f"sep_attn::separable_attention_{form}_{kernels}"}
+    found = {name for name in names if name.startswith("sep_attn::") or "convolution" in name}
+    assert found == (expected if backend == "auto" else set())
 
 
 def test_layer_without_bias(device: torch.device) -> None:
@@ -328,6 +317,30 @@ def test_save_and_load_of_the_patched_module(
     assert unpatch(loaded) == 1
 
 
+def test_a_shallow_copy_has_children_of_its_own(library: Library, device: torch.device) -> None:
+    """So does what ``nn.DataParallel`` makes for each device."""
+    layer, x = patched(library.layer(device)), tokens(device)
+    other = patched(library.layer(device))
+    nn.init.ones_(library.in_projection(other).weight)
+    for twin in (copy.copy(layer), layer._replicate_for_data_parallel()):
+        twin._modules = other._modules
+        assert torch.equal(twin(x), other(x))
+        assert not torch.equal(twin(x), layer(x))
+
+
+def test_what_wraps_a_patched_forward_outlives_unpatch(
+    library: Library, device: torch.device
+) -> None:
+    layer, x = library.layer(device), tokens(device)
+    fused = patched(layer)
+    inner = fused.forward
+    fused.forward = lambda hidden: -inner(hidden)  # type: ignore[method-assign]
+    assert patch(fused, backend="reference") == 1
+    torch.testing.assert_close(fused(x), -layer(x))
+    assert unpatch(fused) == 1
+    assert torch.equal(fused(x), -layer(x))
+
+
 def test_weights_are_read_at_call_time(library: Library, device: torch.device) -> None:
     layer = library.layer(device)
     fused = patched(layer)
@@ -413,6 +426,16 @@ def test_compiles_as_one_graph_and_once_for_every_length(
     assert not any("conv2d" in name for name in names)
 
 
+def test_layers_that_are_compiled_one_by_one_share_a_graph(library: Library) -> None:
+    counter = CompileCounterWithBackend("eager")
+    layers = nn.Sequential(*[library.layer(torch.device("cpu")) for _ in range(3)])
+    patch(layers)
+    for layer in layers:
+        layer.compile(backend=counter, fullgraph=True)
+    layers(tokens(torch.device("cpu")).requires_grad_())
+    assert counter.frame_count == 1
+
+
 def test_unpatch_reaches_a_compiled_model(library: Library, device: torch.device) -> None:
     layer, x = patched(library.layer(device)), tokens(device)
     counter = CompileCounterWithBackend("eager")
@@ -442,7 +465,7 @@ def test_patching_again_changes_nothing_but_the_backend(
     assert patch(layer[0]) == 1
     assert patch(layer) == 2
     assert patch(layer, backend="reference") == 2
-    assert layer[0].forward.args[2] == "reference"
+    assert layer[0]._sep_attn.backend == "reference"
     assert unpatch(layer) == 2
     assert unpatch(layer) == 0
     assert "forward" not in layer[0].__dict__
