@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sep_attn.backends import warn
-from sep_attn.children import not_plain
+from sep_attn.children import not_plain, unreadable
 from sep_attn.functional import separable_attention, shortest_way
 from sep_attn.packed_weights import PackedWeights
 from sep_attn.reference import separable_attention_of_modules
@@ -78,7 +79,7 @@ class SeparableAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(embed_dim, int) or isinstance(embed_dim, bool):
+        if not hasattr(embed_dim, "__index__") or isinstance(embed_dim, bool):
             raise TypeError(f"embed_dim must be an int, got {type(embed_dim).__name__}")
         if embed_dim < 1:
             raise ValueError(f"embed_dim must be positive, got {embed_dim}")
@@ -86,6 +87,7 @@ class SeparableAttention(nn.Module):
         check_probability("proj_drop", proj_drop)
         check_choice("value_act", value_act, ACTIVATIONS)
         check_choice("backend", backend, BACKENDS)
+        embed_dim = operator.index(embed_dim)
         self.embed_dim = embed_dim
         self.value_act = value_act
         self.patch_size = check_patch_size(patch_size)
@@ -118,6 +120,8 @@ class SeparableAttention(nn.Module):
             out = self._shortest_way(x)
             if out is not None:
                 return out
+        if reason := unreadable("qkv_proj", qkv_proj) or unreadable("out_proj", out_proj):
+            return self._by_calls(reason, x, x_prev, key_padding_mask, need_weights)
         result = separable_attention(
             x,
             _parameter(qkv_proj, "weight"),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sep_attn.masks import padding_from_additive
 from sep_attn.module import SeparableAttention
+from sep_attn.validation import check_probability
 
 _ONE_DISTRIBUTION = (
     "separable attention has one softmax over the tokens, the same for every query, "
@@ -81,6 +82,7 @@ class SeparableMultiheadAttention(SeparableAttention):
             raise AssertionError(
                 f"embed_dim must be divisible by num_heads, got {embed_dim} and {num_heads}"
             )
+        check_probability("dropout", dropout)
         if add_bias_kv or add_zero_attn:
             raise ValueError(
                 "add_bias_kv and add_zero_attn append a key and a value token; in separable "
@@ -167,8 +169,10 @@ class SeparableMultiheadAttention(SeparableAttention):
         self._check_shapes(query, key, value)
         if key is not value:
             raise ValueError(
-                "key and value must be the same tensor: in separable attention the values are "
-                "query's own tokens, and the context is made of key's alone"
+                "key and value must be the same tensor object: in separable attention the values "
+                "are query's own tokens, and the context is made of key's alone. What copies or "
+                "wraps each argument (FSDP's cast of inputs, torch.func.vmap, torch.jit.trace) is "
+                "for the module around this one"
             )
         batched = query.dim() == 3
         if key_padding_mask is not None:

@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracle import drawn_as
@@ -262,6 +263,11 @@ def test_exports_with_dynamic_tokens(
         torch.testing.assert_close(loaded(value), layer(value))
 
 
+def test_channels_may_be_numpys() -> None:
+    layer = SeparableAttention(np.int64(DIM))
+    assert type(layer.embed_dim) is int and layer(torch.randn(1, 2, DIM)).shape == (1, 2, DIM)
+
+
 def test_meta_tensors_have_the_right_shape() -> None:
     layer = SeparableAttention(DIM, device="meta")
     out, weights = layer(torch.empty(2, 20, DIM, device="meta"), need_weights=True)
@@ -313,7 +319,48 @@ def rebound(layer: SeparableAttention) -> None:
     layer.out_proj.forward = lambda x: 2 * own(x)  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("change", [doubled, hooked, rebound])
+class TwiceWhatItHolds(Tensor):
+    """A weight whose values only its class knows, as a quantised one's."""
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> TwiceWhatItHolds:
+        return Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["held"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> TwiceWhatItHolds:
+        return TwiceWhatItHolds(inner["held"])
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function.namespace == "sep_attn":
+            raise NotImplementedError(f"{function} of {cls.__name__}")
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].held)
+        return function(*[2 * each.held if isinstance(each, cls) else each for each in args])
+
+
+def subclassed(layer: SeparableAttention) -> None:
+    for name, value in (("weight", TwiceWhatItHolds), ("bias", lambda bias: 2 * bias)):
+        held = getattr(layer.out_proj, name).detach()
+        setattr(layer.out_proj, name, nn.Parameter(value(held), requires_grad=False))
+
+
+def sparse(layer: SeparableAttention) -> None:
+    for name, value in (("weight", Tensor.to_sparse_csr), ("bias", Tensor.clone)):
+        held = getattr(layer.out_proj, name).detach()
+        setattr(layer.out_proj, name, nn.Parameter(value(2 * held), requires_grad=False))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("change", [doubled, hooked, rebound, subclassed, sparse])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_projection_that_was_changed_is_called(change: Any, training: bool) -> None:
     layer, x = SeparableAttention(8).train(training), torch.randn(2, 5, 8)

@@ -327,3 +327,8 @@ def test_in_an_encoder_layer_it_never_meets_the_fast_path(device: torch.device) 
     oracle = block.norm2(hidden + block._ff_block(hidden))
     with torch.no_grad():
         torch.testing.assert_close(encoder(x, src_key_padding_mask=padding), oracle.detach())
+
+
+def test_dropout_is_refused_by_its_own_name() -> None:
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1"):
+        SeparableMultiheadAttention(DIM, 2, dropout=1.0)

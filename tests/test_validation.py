@@ -135,6 +135,7 @@ def test_pool_and_gate_errors(call: Any, error: type[Exception], message: str) -
     [
         ({"embed_dim": 0}, ValueError, "must be positive"),
         ({"embed_dim": 8.0}, TypeError, "must be an int, got float"),
+        ({"embed_dim": True}, TypeError, "must be an int, got bool"),
         ({"attn_drop": 1.0}, ValueError, "attn_drop"),
         ({"proj_drop": -1}, ValueError, "proj_drop"),
         ({"value_act": "gelu"}, ValueError, "got 'gelu'"),
