@@ -691,6 +691,25 @@ def test_what_a_backward_pass_needs_lies_side_by_side(at_once: bool) -> None:
     assert [first for first, _ in of_bias] == ([2, 2 * 41] if at_once else [2])
 
 
+def test_kernels_are_kept_for_parts_that_begin_alike() -> None:
+    """Both tensors begin at no multiple of 16 bytes, but the part of one does."""
+    seen: list[tuple[object, int]] = []
+
+    def record(
+        kind: object, tensors: object, parts: object, addresses: Any, stream: object
+    ) -> None:
+        seen.append((kind, addresses["part_ptr"] % 16))
+
+    memory = torch.zeros(64, dtype=torch.bfloat16)
+    for first in (4, 2):
+        tensors = {"whole_ptr": memory[first:][:40]}
+        parts = {"part_ptr": launch.Part("whole_ptr", 8)}
+        launch.run([record], torch.device("cpu"), tensors, parts)
+    (kind, address), (other_kind, other_address) = seen
+    assert (address, other_address) == (0, 12)
+    assert kind != other_kind
+
+
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17, 49, 64, 65, 1000])
 @pytest.mark.parametrize("bands", [1, 3, 16])
 @pytest.mark.parametrize("groups", [1, 2])

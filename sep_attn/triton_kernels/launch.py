@@ -393,8 +393,8 @@ def run(
     together = 0
     for address in addresses.values():
         together |= address or 0
-    if together & 15:
-        kind = kind, *[(address or 0) & 15 == 0 for address in addresses.values()]
+    if together & 15:  # what is left of 16 bytes says where parts begin, too
+        kind = kind, *[(address or 0) & 15 for address in addresses.values()]
     for name, (whole, offset) in parts.items():
         address = addresses[whole]
         addresses[name] = None if address is None else address + offset
