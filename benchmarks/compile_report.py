@@ -112,6 +112,10 @@ def layer_cases(target: str, channels: Sequence[int] = ()) -> Iterator[LayerCase
                     path = "short" if fused else ""
                     yield LayerCase((2, tokens, dim), dtype, path)
                     yield LayerCase((2, dim, 4, tokens), dtype, path, patch=(4, 1))
+                # A gradient of x_prev; and tiles of fewer tokens than a word holds, in patches.
+                yield LayerCase((2, dim, 4, 1024), dtype, "", patch=(4, 1), cross=True)
+                if not fused:
+                    yield LayerCase((2, dim, 16, 64), dtype, "", patch=(2, 2))
             for shape, patch in (((2, 2048, dim), (1, 1)), ((2, dim, 4, 1024), (4, 1))):
                 if itemsize == 4 and patch != (1, 1):
                     continue

@@ -30,12 +30,12 @@ from benchmarks import environment, report
 TIME_LIMIT = 530  # seconds for all steps together
 TESTS = (
     "tests/test_triton_attention.py",
+    "tests/test_inductor.py",
     "tests/test_ops.py",
     "tests/test_layer.py",
     "tests/test_differentiated.py",
     "tests/test_triton_kernels.py",
     "tests/test_special_values.py",
-    "tests/test_inductor.py",
 )
 SANITIZER = "compute-sanitizer"  # NVIDIA's, of the CUDA toolkit
 SANITIZER_TESTS = (
@@ -93,7 +93,8 @@ def steps(out: Path, *, dtype: str = "bfloat16") -> list[Step]:
             "sanitizer",
             (*pytest, *SANITIZER_TESTS, "-x"),
             60,
-            under=(SANITIZER, "--error-exitcode", "3"),
+            # Calls of the driver that PyTorch makes to find out, and that fail, are not ours.
+            under=(SANITIZER, "--error-exitcode", "3", "--report-api-errors", "no"),
             variables={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # each tensor has its own bounds
         ),
         Step(

@@ -20,6 +20,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU")
     config.addinivalue_line("markers", "compiled: too long for Triton's interpreter")
     torch.set_num_threads(2)
+    # float32 is compared as such. PyTorch leaves TF32 to cuDNN's convolutions unless told.
+    torch.backends.cudnn.allow_tf32 = False
     if config.getoption("ptx"):
         os.environ.pop("TRITON_INTERPRET", None)
     elif not HAS_GPU:

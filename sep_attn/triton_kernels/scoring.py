@@ -383,6 +383,9 @@ def source_bwd_kernel(
         # A weight of 0 takes no gradient, whatever its token holds: a masked one may hold NaN.
         felt = weights != 0.0
         x = load_tokens(source_ptr, source_strides, tile, D, CHUNKS, UNIFORM, SOURCE_LAYOUT)
+        felt_x = ()
+        for i in tl.static_range(len(CHUNKS)):
+            felt_x = felt_x + (tl.where(felt[:, None], x[i], 0.0),)
         first_slice, slots = row_slices(tile, BANDS, GROUPS)
         slice_grads = slice_grads_ptr + (first_slice + slots).to(tl.int64) * 2
         _, _, band, n, inside = tile
@@ -400,7 +403,7 @@ def source_bwd_kernel(
             grad_row = grad_pooled  # one for all tokens, or one a token
             if SLICES > 1:
                 grad_row = spread_slices(grad_pooled, BANDS, GROUPS, BLOCK_N)
-            grad += tl.sum(x[i].to(tl.float32) * grad_row, axis=1)
+            grad += tl.sum(felt_x[i].to(tl.float32) * grad_row, axis=1)
             grad_rows = grad_rows + (grad_row,)
         dropped = weights
         if seed_ptr is not None:
@@ -413,12 +416,8 @@ def source_bwd_kernel(
         grad_scores = tl.where(felt, weights * (grad - delta), 0.0)  # [BLOCK_N]
         store_values(grad_scores_ptr, grad_scores_strides, tile, grad_scores, UNIFORM)
         grad_bias += tl.sum(grad_scores, axis=0)
-        new_grad = ()
-        for i in tl.static_range(len(CHUNKS)):
-            felt_x = tl.where(felt[:, None], x[i], 0.0).to(tl.float32)
-            products = tl.sum(grad_scores[:, None] * felt_x, axis=0)[None, :]
-            new_grad = new_grad + (grad_score_weight[i] + products,)
-        grad_score_weight = new_grad
+        # Before the sums over tokens: after them Triton 3.6 takes a value before it is there, and
+        # refuses the kernel, where tokens are contiguous and D is cut into 256 and 128.
         if grad_source_ptr is not None:
             rows = row_offsets(
                 grad_source_ptr, grad_source_strides, tile, UNIFORM, GRAD_SOURCE_LAYOUT
@@ -439,6 +438,11 @@ def source_bwd_kernel(
                     chunk_even(CHUNKS, i, D),
                     GRAD_SOURCE_LAYOUT,
                 )
+        new_grad = ()
+        for i in tl.static_range(len(CHUNKS)):
+            products = tl.sum(grad_scores[:, None] * felt_x[i].to(tl.float32), axis=0)[None, :]
+            new_grad = new_grad + (grad_score_weight[i] + products,)
+        grad_score_weight = new_grad
     partial_ptr += pid.to(tl.int64) * (D + 1)
     for i in tl.static_range(len(CHUNKS)):
         d = chunk_channels(CHUNKS, i)

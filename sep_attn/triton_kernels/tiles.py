@@ -180,9 +180,11 @@ def row_offsets(ptr, strides, tile, UNIFORM: tl.constexpr, LAYOUT: tl.constexpr)
         if UNIFORM:
             return start + n
         else:
-            # A run of RUN tokens lies in one row; side by side, the compiler does not see it.
-            lines = tl.max_constancy(n // width, RUN)
-            columns = tl.multiple_of(tl.max_contiguous(n % width, RUN), RUN)
+            # A run of RUN tokens, or a tile of fewer, lies in one row; side by side, the compiler
+            # does not see it.
+            LINE: tl.constexpr = min(RUN, n.shape[0])
+            lines = tl.max_constancy(n // width, LINE)
+            columns = tl.multiple_of(tl.max_contiguous(n % width, LINE), LINE)
             return start + lines.to(tl.int64) * stride_of(strides, 3, RUN) + columns
     else:
         return start + token_offsets(n, strides, width, UNIFORM, RUN)
