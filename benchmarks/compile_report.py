@@ -70,6 +70,8 @@ ABSENT = {
     "gated_ptr": "gated values not stored",
     "grad_context_ptr": "no weights' gradients",
     "rest_ptr": "one result",
+    "grad_source_ptr": "no gradient of x_prev",
+    "bias_ptr": "no bias",
 }
 # Up to this D a program moves more than it multiplies: another is to multiply meanwhile.
 MOST_SIDE_BY_SIDE = 128
@@ -157,7 +159,9 @@ def _moves_most(row: Row) -> bool:
 def describe_config(case: LayerCase, launch: Launch) -> str:
     """``"bfloat16 [B,N,D] D=128 channels_wide BLOCK_N=128 ... warps=8 stages=3"``."""
     constants = launch.constexprs
-    dimensions = "[B,N,D]" if len(case.shape) == 3 else "[B,D,P,N]"
+    dimensions = "[B,D,P,N]" if case.patch[1] == 1 else "[B,D,H,W]"
+    if len(case.shape) == 3:
+        dimensions = "[B,N,D]"
     parts = [str(case.dtype).removeprefix("torch."), dimensions]
     if "D" in constants:
         parts.append(f"D={constants['D']}")
