@@ -380,8 +380,8 @@ def _separable_attention_formula(backend: str) -> Callable[..., tuple[Tensor | N
 
 
 def _inference_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.options = *inputs[:8], inputs[8:]
-    ctx.save_for_backward(*tensors)
+    ctx.options = inputs[8:]
+    ctx.save_for_backward(*inputs[:8])
 
 
 def _inference_formula(backend: str) -> Callable[..., tuple[Tensor | None, ...]]:
@@ -391,12 +391,11 @@ def _inference_formula(backend: str) -> Callable[..., tuple[Tensor | None, ...]]
     for_backward = (True,) if _LAYER_KEPT[backend][0] else ()
 
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, x_prev, qkv_weight, qkv_bias, out_weight, out_bias, mask, dropout = ctx.saved_tensors
+        tensors = ctx.saved_tensors
+        x, x_prev, qkv_weight, qkv_bias, out_weight, _, _, dropout = tensors
         with torch.no_grad():
             _, *kept = _operator("separable_attention", backend)(
-                *(x, x_prev, qkv_weight, qkv_bias, out_weight, out_bias, mask, dropout),
-                *ctx.options,
-                *for_backward,
+                *tensors, *ctx.options, *for_backward
             )
         again = SimpleNamespace(
             saved_tensors=(x, x_prev, qkv_weight, qkv_bias, out_weight, dropout, *kept),
